@@ -1,0 +1,42 @@
+# Two commands set up a fresh machine: `make demo` and `make test`. Both need only Python >= 3.11.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types test-slow clean
+
+demo: $(VENV)/.demo
+	$(BIN)/moebius demo
+
+test: $(VENV)/.test lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/pyright
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+# torch goes in first, by itself, so that the choice of its build (TORCH=...) holds for everything after it.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not a Python >= 3.11 with ensurepip; say PYTHON=python3.12 (Debian: apt-get install python3-venv)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[plots]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[plots,test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) moebius-demo
