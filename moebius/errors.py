@@ -38,7 +38,9 @@ class MoebiusError(Exception):
         self.advice = advice
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), *self._fault_lines(), *([f"what to do: {self.advice}"] if self.advice else [])])
+        return "\n".join(
+            [self._headline(), *self._fault_lines(), *([f"what to do: {self.advice}"] if self.advice else [])]
+        )
 
     def _headline(self) -> str:
         return f"{self.message}: {self.faults[0]}" if len(self.faults) == 1 else self.message

@@ -1,0 +1,104 @@
+"""What a conversion expects against what the files hold: missing keys, gaps, shapes, dtypes.  No torch."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from moebius.checkpoint.conversion import Conversion, Source
+from moebius.checkpoint.files import TensorInfo
+from moebius.errors import Fault
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # among these a cast is allowed; the plan shows it
+NAMED_MISSING = 4  # beyond this many missing keys of one list, one line says which are there
+
+
+class Expected(Protocol):
+    """What is compared against: a target of the plan."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+
+
+def compare_conversion(
+    conversion: Conversion, tensors: Mapping[str, TensorInfo], targets: Mapping[str, Expected]
+) -> list[Fault]:
+    """All that is wrong with the sources of one conversion."""
+    dtype = targets[conversion.targets[0]].dtype
+    faults = [fault for group in conversion.sources for fault in _missing(group, tensors, dtype)]
+    present = [source for group in conversion.sources for source in group if source.key in tensors]
+    faults += [fault for source in present if (fault := _shape(source, tensors[source.key]))]
+    return faults + _dtypes([tensors[source.key] for source in present], dtype)
+
+
+def compare_double(info: TensorInfo, target: Expected, tensors: Mapping[str, TensorInfo]) -> Fault | None:
+    """A second copy of a tied weight must look like the first; that the bytes are equal is checked at loading."""
+    first = next((tensors[key] for key in (target.name, *target.aliases) if key in tensors and key != info.name), None)
+    if first is None or (first.shape, first.dtype) == (info.shape, info.dtype):
+        return None
+    detail = f"{_seen(info)}; it is tied to {first.name}, {_seen(first)}"
+    return Fault(info.name, "tied weights differ", detail)
+
+
+def ranges(ids: Iterable[int]) -> str:
+    """0-2, 4-7"""
+    spans: list[list[int]] = []
+    for number in sorted(set(ids)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans) or "none"
+
+
+def _missing(group: Sequence[Source], tensors: Mapping[str, TensorInfo], dtype: str) -> list[Fault]:
+    missing = [source for source in group if source.key not in tensors]
+    if not missing:
+        return []
+    expected = f"expected {list(missing[0].layout.shape)} {dtype}"
+    if group[0].index is None:
+        return [Fault(source.key, "missing", expected) for source in missing]
+    found = ranges(source.index for source in group if source.key in tensors and source.index is not None)
+    ids = f"ids found: {found}; the model holds 0-{len(group) - 1}"
+    if len(missing) <= NAMED_MISSING and len(missing) < len(group):
+        return [Fault(source.key, "missing", f"{expected}; {ids}") for source in missing]
+    what = "missing" if found == "none" else "gap"
+    return [Fault(_starred(group), what, f"{expected}; {ids}")]
+
+
+def _starred(group: Sequence[Source]) -> str:
+    """The keys of a list with `*` for their index: the segment in which the first two differ."""
+    first, second = (source.key.split(".") for source in (*group, *group)[:2])
+    if len(group) == 1:
+        return group[0].key
+    return ".".join(a if a == b else "*" for a, b in zip(first, second, strict=True))
+
+
+def _shape(source: Source, info: TensorInfo) -> Fault | None:
+    if source.layout.shape == info.shape:
+        return None
+    return Fault(info.name, "shape", f"expected {list(source.layout.shape)}, found {_seen(info)} in {info.file}")
+
+
+def _dtypes(infos: Sequence[TensorInfo], expected: str) -> list[Fault]:
+    if not infos:
+        return []
+    common = Counter(info.dtype for info in infos).most_common(1)[0][0]
+    faults = [
+        Fault(info.name, "dtype", f"found {info.dtype} in {info.file}; its {len(infos) - 1} siblings are {common}")
+        for info in infos
+        if info.dtype != common
+    ]
+    if common != expected and not (common in FLOATS and expected in FLOATS):
+        detail = f"found {common} in {infos[0].file}, expected {expected}; only floats are cast"
+        faults.append(Fault(infos[0].name, "dtype", detail))
+    return faults
+
+
+def _seen(info: TensorInfo) -> str:
+    return f"{list(info.shape)} {info.dtype}"

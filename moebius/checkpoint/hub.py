@@ -1,0 +1,58 @@
+"""Names to local folders: a folder as it is, anything else is an id on the hub (huggingface_hub, lazily).  No torch."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from moebius.checkpoint.files import INDEX_FILE, SINGLE_FILE
+from moebius.errors import CheckpointError
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, templates; weights come by their names
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+
+
+def resolve(name_or_path: str | os.PathLike[str], **download: Any) -> Path:
+    """The local folder of a checkpoint; from the hub, only the files that its index names are fetched.
+
+    download: revision, token, cache_dir, local_files_only, force_download, as huggingface_hub takes them.
+    Raises CheckpointError if there is no such folder, no such id, or no way to reach it.
+    """
+    text = os.fspath(name_or_path)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{text} is a file; expected a folder with config.json and *.safetensors")
+    if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+        raise CheckpointError(
+            f"{text}: no such folder", advice="give a folder with config.json and *.safetensors, or a hub id"
+        )
+    return _download(text, download)
+
+
+def _download(repo_id: str, options: dict[str, Any]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(SMALL_FILES), **options))
+        options = options | {"revision": folder.name}  # the commit, so that all files are of one revision
+        huggingface_hub.snapshot_download(repo_id, allow_patterns=_weight_files(folder), **options)
+        return folder
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{repo_id}: no such folder, and not to be had from the hub: {reason}",
+            advice=f"check the name; offline, fetch it first where there is a network: hf download {repo_id}",
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The shards that the index names (what is wrong with it is said when the files are opened)."""
+    try:
+        names = set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [SINGLE_FILE]
+    return sorted(name for name in names if isinstance(name, str))

@@ -1,0 +1,247 @@
+"""The plan: every key routed once, every destination byte covered exactly once, before any weight is read.  No torch.
+
+`plan` goes from the targets to the keys that they need (see conversion.py) and compares with the keys that are there.
+All faults are gathered and raised in one CheckpointError.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from moebius.checkpoint import describe
+from moebius.checkpoint.comparing import compare_conversion, compare_double, ranges
+from moebius.checkpoint.conversion import Conversion, copied, expand
+from moebius.checkpoint.converter import Match, Rule, WeightConverter, WeightSkip, fits_template, template_of
+from moebius.checkpoint.coverage import uncovered
+from moebius.checkpoint.files import ITEM_BYTES, CheckpointFiles, TensorInfo, fault_error
+from moebius.checkpoint.operations import LayoutError, Part
+from moebius.errors import Fault
+
+Place = tuple[WeightConverter, Match]  # a rule, and where in the model it is applied
+STAGING_BYTES = 1 << 20  # for what cannot be read straight into place; small enough to stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor of the model.  aliases: other names under which files may hold it (tied weights)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A stored tensor and where it goes: each part's `place` is in it, its `origin` in the target that it names."""
+
+    info: TensorInfo
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What loading will do.  reads: in the files' order.  skipped: (tensor, reason).  doubles: (second copy of a tied
+    weight, its target), which must equal the first.
+    """
+
+    files: CheckpointFiles
+    targets: Mapping[str, Target]
+    conversions: tuple[Conversion, ...]
+    reads: tuple[Read, ...]
+    skipped: tuple[tuple[TensorInfo, str], ...]
+    doubles: tuple[tuple[TensorInfo, str], ...]
+
+    @cached_property
+    def bytes_to_read(self) -> int:
+        return sum(read.info.nbytes for read in self.reads) + sum(info.nbytes for info, _ in self.doubles)
+
+    @cached_property
+    def target_bytes(self) -> int:
+        return sum(target.nbytes for target in self.targets.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that loading needs at its peak: the model once, and one staging buffer."""
+        return self.target_bytes + STAGING_BYTES
+
+    def __str__(self) -> str:
+        return describe.table(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data: rows of the printed table, totals in bytes, what is skipped and why."""
+        return describe.as_json(self)
+
+
+def plan(
+    files: CheckpointFiles, rules: Iterable[Rule], targets: Iterable[Target], overrides: Iterable[Rule] = ()
+) -> Plan:
+    """Plans how `files` fill `targets`.
+
+    rules: the family's.  overrides: the user's; where one of them finds its keys, it is taken before the family's.
+    Raises CheckpointError with all faults: missing, unexpected, extra or doubly claimed keys, gaps in an index, wrong
+    shapes and dtypes, layouts mixed within one parameter.
+    """
+    planner = _Planner(files, tuple(overrides), tuple(rules), {target.name: target for target in targets})
+    return planner.run()
+
+
+class _Planner:
+    def __init__(
+        self, files: CheckpointFiles, overrides: Sequence[Rule], rules: Sequence[Rule], targets: Mapping[str, Target]
+    ):
+        self.files, self.targets = files, targets
+        self.shapes = {name: target.shape for name, target in targets.items()}
+        self.stored = {key: info.shape for key, info in files.tensors.items()}
+        self.tiers = [[rule for rule in tier if isinstance(rule, WeightConverter)] for tier in (overrides, rules)]
+        self.skips = [rule for rule in (*overrides, *rules) if isinstance(rule, WeightSkip)]
+        self.faults: list[Fault] = []
+        self.claims: dict[str, Conversion] = {}
+        self.filled: dict[str, Conversion] = {}
+        self.found = _route(files.tensors, [rule for tier in self.tiers for rule in tier])
+        self.by_template: dict[str, list[list[WeightConverter]]] = {}
+
+    def run(self) -> Plan:
+        for name in self.targets:
+            if name not in self.filled:
+                self._fill(name)
+        doubles = self._doubles()
+        skipped = self._skipped()
+        self._leftovers({info.name for info, _ in (*doubles, *skipped)})
+        if self.faults:
+            raise fault_error(self.files.folder, self.faults)
+        conversions = tuple(dict.fromkeys(self.filled.values()))
+        return Plan(self.files, self.targets, conversions, self._reads(conversions), skipped, doubles)
+
+    # --- from targets to keys ---
+
+    def _fill(self, name: str) -> None:
+        """Chooses the form in which the files hold one target, and checks it."""
+        forms = self._forms(name)
+        if len(forms) > 1:
+            keys = [form.keys[0] for form in forms[:2]]
+            self.faults.append(Fault(name, "two layouts at once", f"the files hold {keys[0]} and {keys[1]}"))
+        conversion = forms[0] if forms else self._absent(name)
+        if conversion is None:
+            return
+        for target in conversion.targets:
+            self.filled[target] = conversion
+        self._claim(conversion)
+        self.faults.extend(compare_conversion(conversion, self.files.tensors, self.targets))
+
+    def _forms(self, name: str) -> list[Conversion]:
+        """The ways to fill a target of which at least one key is there; the user's rules come first."""
+        overrides, rules = self._rules_for(name)
+        forms = self._present(name, overrides)
+        if forms:
+            return forms
+        target = self.targets[name]
+        keys = [key for key in (name, *target.aliases) if key in self.stored][:1]
+        return [copied(name, target.shape, key) for key in keys] + self._present(name, rules)
+
+    def _rules_for(self, name: str) -> list[list[WeightConverter]]:
+        template = template_of(name)
+        if template not in self.by_template:
+            fits = [[rule for rule in tier if fits_template(rule.targets, template)] for tier in self.tiers]
+            self.by_template[template] = fits
+        return self.by_template[template]
+
+    def _present(self, name: str, rules: Iterable[WeightConverter]) -> list[Conversion]:
+        fits = [(rule, match) for rule in rules if (match := rule.match_target(name))]
+        forms = [self._expand(name, rule, match) for rule, match in fits if (rule, match) in self.found]
+        return [form for form in forms if form]
+
+    def _expand(self, name: str, rule: WeightConverter, match: Match) -> Conversion | None:
+        try:
+            return expand(rule, match, self.shapes, self.stored)
+        except LayoutError as error:
+            self.faults.append(Fault(name, "cannot be converted", f"{rule}: {error}"))
+            self.filled[name] = Conversion(rule, (name,), ())
+            return None
+
+    def _absent(self, name: str) -> Conversion | None:
+        """Nothing in the files fills the target: the form of the family's first rule says what is missing."""
+        if name in self.filled:
+            return None
+        for rule in self._rules_for(name)[1]:
+            match = rule.match_target(name)
+            return match and self._expand(name, rule, match)
+        return copied(name, self.targets[name].shape, name)
+
+    def _claim(self, conversion: Conversion) -> None:
+        for key in conversion.keys:
+            if other := self.claims.get(key):
+                self.faults.append(Fault(key, "claimed twice", f"for {other.targets[0]} and {conversion.targets[0]}"))
+            self.claims[key] = conversion
+
+    # --- keys that no target asked for ---
+
+    def _doubles(self) -> tuple[tuple[TensorInfo, str], ...]:
+        """Second copies of tied weights."""
+        doubles = [
+            (self.files.tensors[key], target)
+            for target in self.targets.values()
+            for key in target.aliases
+            if key in self.stored and key not in self.claims
+        ]
+        self.faults.extend(
+            fault for info, target in doubles if (fault := compare_double(info, target, self.files.tensors))
+        )
+        return tuple((info, target.name) for info, target in doubles)
+
+    def _skipped(self) -> tuple[tuple[TensorInfo, str], ...]:
+        skipped = []
+        for key, info in self.files.tensors.items():
+            rule = next((rule for rule in self.skips if rule.pattern.match(key)), None)
+            if rule and key in self.claims:
+                self.faults.append(Fault(key, "claimed twice", f"for {self.claims[key].targets[0]} and to be skipped"))
+            elif rule:
+                skipped.append((info, rule.reason))
+        return tuple(skipped)
+
+    def _leftovers(self, known: set[str]) -> None:
+        places = {key: place for place, keys in self.found.items() for key in keys}
+        left = (key for key in self.stored if key not in self.claims and key not in known)
+        self.faults.extend(self._leftover(key, places.get(key)) for key in left)
+
+    def _leftover(self, key: str, place: Place | None) -> Fault:
+        file = self.files.tensors[key].file
+        siblings = self.found[place] if place else []
+        taken = next((self.claims[sibling] for sibling in siblings if sibling in self.claims), None)
+        if place is None or taken is None or place[0].merged < 1:
+            return Fault(key, "unexpected", f"in {file}; no parameter of the model takes it")
+        ids = ranges(place[0].list_index(sibling) for sibling in siblings)
+        return Fault(key, "extra index", f"in {file}; ids found: {ids}; the model holds 0-{len(taken.sources[0]) - 1}")
+
+    # --- the result ---
+
+    def _reads(self, conversions: Sequence[Conversion]) -> tuple[Read, ...]:
+        sources = {source.key: source for form in conversions for group in form.sources for source in group}
+        order = {shard.path.name: number for number, shard in enumerate(self.files.shards)}
+        infos = sorted((self.files.tensors[key] for key in sources), key=lambda info: (order[info.file], info.offset))
+        reads = tuple(Read(info, sources[info.name].layout.parts) for info in infos)
+        faults = uncovered(self.shapes, (part for read in reads for part in read.parts))
+        if faults:
+            raise fault_error(self.files.folder, faults)
+        return reads
+
+
+def _route(keys: Iterable[str], rules: Sequence[WeightConverter]) -> dict[Place, list[str]]:
+    """Where the rules' sources lie.  Each template is looked up once, however many keys share it."""
+    by_template: dict[str, list[WeightConverter]] = {}
+    found: dict[Place, list[str]] = defaultdict(list)
+    for key in keys:
+        template = template_of(key)
+        if template not in by_template:
+            by_template[template] = [rule for rule in rules if fits_template(rule.sources, template)]
+        for rule in by_template[template]:
+            if match := rule.match_source(key):
+                found[rule, match].append(key)
+    return dict(found)
