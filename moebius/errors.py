@@ -1,4 +1,4 @@
-"""What can go wrong, by kind. The command line maps kinds to exit codes; every message names what, where, found, expected."""
+"""What can go wrong, by kind; the command line maps kinds to exit codes. Messages name what, where, found, expected."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moebius.checkpoint.files import parse_json
+from moebius.checkpoint.files import parse_json, reason
 from moebius.errors import ConfigError
 from moebius.generation.config import GENERATION_FILE, GenerationConfig
 
@@ -20,7 +20,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: missing", advice="give a folder with config.json and *.safetensors") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: unreadable: {reason(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw

@@ -1,6 +1,6 @@
 """What a conversion expects against what the files hold: missing keys, gaps, shapes, dtypes.  No torch."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -43,6 +43,38 @@ def compare_double(info: TensorInfo, target: Expected, tensors: Mapping[str, Ten
         return None
     detail = f"{_seen(info)}; it is tied to {first.name}, {_seen(first)}"
     return Fault(info.name, "tied weights differ", detail)
+
+
+def gathered(faults: Iterable[Fault], stored: Iterable[str], expected: Iterable[str]) -> list[Fault]:
+    """The faults, with many missing (or unexpected) keys as one where the other side knows nothing of that name.
+
+    stored: the keys in the files.  expected: the keys that the model asks for.
+    """
+    known = {"missing": _prefixes(stored), "unexpected": _prefixes(expected)}
+    groups: dict[tuple[str, str], list[Fault]] = defaultdict(list)
+    for fault in faults:
+        name = _unknown_part(fault.where, known[fault.what]) if fault.what in known else fault.where
+        groups[fault.what, name].append(fault)
+    return [fault for (_, name), group in groups.items() for fault in _joined(name, group)]
+
+
+def _joined(name: str, group: list[Fault]) -> list[Fault]:
+    if len(group) <= NAMED_MISSING or name == group[0].where:
+        return group
+    first = group[0]
+    return [Fault(f"{name}.*", first.what, f"{len(group)} names, such as {first.where}: {first.detail}")]
+
+
+def _prefixes(keys: Iterable[str]) -> set[str]:
+    """Every name that stands at the head of a key: model, model.layers, model.layers.0, ..."""
+    return {".".join(parts[:end]) for key in keys for parts in [key.split(".")] for end in range(1, len(parts) + 1)}
+
+
+def _unknown_part(key: str, known: set[str]) -> str:
+    """The shortest head of the key that is not known; the key itself if all of it is."""
+    parts = key.split(".")
+    heads = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((head for head in heads if head not in known), key)
 
 
 def ranges(ids: Iterable[int]) -> str:

@@ -135,7 +135,7 @@ def _open_single(root: Path, faults: list[Fault]) -> CheckpointFiles | None:
 
 def _open_sharded(root: Path, faults: list[Fault]) -> CheckpointFiles | None:
     weight_map, raw = _read_index(root, faults)
-    names = sorted({name for name in weight_map.values() if _plain_name(name, faults)})
+    names = [name for name in sorted(set(weight_map.values())) if _plain_name(name, faults)]
     if faults:
         return None
     shards = [shard for name in names if (shard := _open_named(root, name, weight_map, faults))]
@@ -148,14 +148,14 @@ def _open_named(root: Path, name: str, weight_map: Mapping[str, str], faults: li
         return _read_shard(root, name, faults)
     keys = [key for key, file in weight_map.items() if file == name]
     shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-    faults.append(Fault(name, "missing", f"{INDEX_FILE} says that it holds {len(keys)} tensors ({shown})"))
+    faults.append(Fault(name, "missing", f"{INDEX_FILE} says that it holds {len(keys)} tensors ({shown}); fetch it"))
     return None
 
 
 def _no_weights(root: Path) -> Fault:
     pickles = sorted(path.name for path in root.glob("*.bin")) + sorted(path.name for path in root.glob("*.pt*"))
     if pickles:
-        detail = "pickle can run code and is never opened; convert it: load it where you trust it, save as safetensors"
+        detail = "it could run code and is never opened; if you trust it: load it with transformers, save_pretrained()"
         return Fault(pickles[0], "a pickled PyTorch file", detail)
     if ggufs := sorted(path.name for path in root.glob("*.gguf")):
         return Fault(ggufs[0], "a GGUF file", "only safetensors are opened; fetch the model's safetensors files")
@@ -170,11 +170,11 @@ def _read_index(root: Path, faults: list[Fault]) -> tuple[Mapping[str, str], byt
         raw = _checked_path(root, INDEX_FILE).read_bytes()
         index = parse_json(raw)
     except (OSError, ValueError) as error:
-        faults.append(Fault(INDEX_FILE, "unreadable", str(error)))
+        faults.append(Fault(INDEX_FILE, "unreadable", f"{reason(error)}; fetch it again"))
         return {}, b""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        faults.append(Fault(INDEX_FILE, "no weight_map", "expected {key: shard file name}"))
+        faults.append(Fault(INDEX_FILE, "no weight_map", "expected an object from tensor names to shard file names"))
         return {}, raw
     wrong = [key for key, name in weight_map.items() if not isinstance(name, str)]
     faults.extend(Fault(INDEX_FILE, "not a file name", f"{key!r} -> {weight_map[key]!r}") for key in wrong)
@@ -184,8 +184,8 @@ def _read_index(root: Path, faults: list[Fault]) -> tuple[Mapping[str, str], byt
 def _plain_name(name: str, faults: list[Fault]) -> bool:
     plain = name.endswith(".safetensors") and not any(char in "/\\" or not char.isprintable() for char in name)
     if not plain:
-        detail = f"{INDEX_FILE} names it; expected a plain *.safetensors name inside the folder"
-        faults.append(Fault(repr(name), "not a shard's name", detail))
+        shown = name if name.isprintable() else repr(name)
+        faults.append(Fault(INDEX_FILE, "not a shard's name", f"{shown}; expected *.safetensors inside the folder"))
     return plain
 
 
@@ -221,7 +221,7 @@ def _read_shard(root: Path, name: str, faults: list[Fault]) -> ShardFile | None:
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:
-        faults.append(Fault(name, "unreadable", str(error)))
+        faults.append(Fault(name, "unreadable", reason(error)))
         return None
 
 
@@ -239,7 +239,7 @@ def _read_open_shard(path: Path, descriptor: int, faults: list[Fault]) -> ShardF
 def _read_header(descriptor: int, size: int) -> bytes:
     start = os.pread(descriptor, 64, 0)
     if size < 8:
-        raise ValueError(f"truncated: a shard begins with 8 bytes of header length; the file has {size} bytes")
+        raise ValueError(f"truncated: at least 8 bytes expected, the file has {size}; fetch it again")
     length = int.from_bytes(start[:8], "little")
     if length > min(MAX_HEADER_BYTES, size - 8) or start[8:9] != b"{":
         raise ValueError(_not_a_header(start, length, size))
@@ -252,13 +252,17 @@ def _not_a_header(start: bytes, length: int, size: int) -> str:
         if start.lstrip().startswith(magic):
             return f"{what}; {advice}"
     if length <= min(MAX_HEADER_BYTES, size - 8):
-        return f"not safetensors: the header should begin with '{{', it begins with {start[8:16]!r}"
-    limit = f"limit {MAX_HEADER_BYTES}"
-    return f"truncated or not safetensors: the header claims {length} bytes ({limit}), the file has {size} in all"
+        return "not safetensors: its header should begin with '{'"
+    if length > MAX_HEADER_BYTES:
+        return f"not safetensors: its header would have {length:,} bytes, the format allows {MAX_HEADER_BYTES:,}"
+    return f"truncated: {8 + length:,} bytes expected for the header alone, the file has {size:,}; fetch it again"
 
 
 def _parse_header(file: str, header: bytes, size: int, faults: list[Fault]) -> tuple[TensorInfo, ...]:
-    entries = parse_json(header[8:])
+    try:
+        entries = parse_json(header[8:])
+    except ValueError as error:
+        raise ValueError(f"damaged header: {error}; fetch it again") from error
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         faults.append(Fault(file, "header", "__metadata__ is not a map from strings to strings"))
@@ -312,7 +316,7 @@ def _check_extents(file: str, infos: list[TensorInfo], data_start: int, size: in
         end, before = max(end, info.offset + info.nbytes), info.name
     if end != size:
         what = "truncated" if size < end else "surplus bytes"
-        faults.append(Fault(file, what, f"{end} bytes expected, the file has {size}"))
+        faults.append(Fault(file, what, f"{end:,} bytes expected, the file has {size:,}; fetch it again"))
 
 
 # --- shared with whoever reads a model folder ----------------------------------------------------------------------
@@ -327,7 +331,13 @@ def parse_json(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        what = error.msg.removesuffix(" at")
+        raise ValueError(f"broken JSON: {what} at line {error.lineno}, column {error.colno}") from error
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a file cannot be read, in words, without numbers and paths."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from moebius.checkpoint import describe
-from moebius.checkpoint.comparing import compare_conversion, compare_double, ranges
+from moebius.checkpoint.comparing import compare_conversion, compare_double, gathered, ranges
 from moebius.checkpoint.conversion import Conversion, copied, expand
 from moebius.checkpoint.converter import Match, Rule, WeightConverter, WeightSkip, fits_template, template_of
 from moebius.checkpoint.coverage import uncovered
@@ -21,6 +21,7 @@ from moebius.checkpoint.operations import LayoutError, Part
 from moebius.errors import Fault
 
 Place = tuple[WeightConverter, Match]  # a rule, and where in the model it is applied
+ADVICE = "config.json and the files contradict each other: fetch both again; put back what was edited in config.json"
 STAGING_BYTES = 1 << 20  # for what cannot be read straight into place; small enough to stay in the cache
 
 
@@ -116,7 +117,7 @@ class _Planner:
         skipped = self._skipped()
         self._leftovers({info.name for info, _ in (*doubles, *skipped)})
         if self.faults:
-            raise fault_error(self.files.folder, self.faults)
+            raise fault_error(self.files.folder, gathered(self.faults, self.stored, self.claims), ADVICE)
         conversions = tuple(dict.fromkeys(self.filled.values()))
         return Plan(self.files, self.targets, conversions, self._reads(conversions), skipped, doubles)
 
@@ -126,8 +127,7 @@ class _Planner:
         """Chooses the form in which the files hold one target, and checks it."""
         forms = self._forms(name)
         if len(forms) > 1:
-            keys = [form.keys[0] for form in forms[:2]]
-            self.faults.append(Fault(name, "two layouts at once", f"the files hold {keys[0]} and {keys[1]}"))
+            self._refuse_mixture(name, forms)
         conversion = forms[0] if forms else self._absent(name)
         if conversion is None:
             return
@@ -135,6 +135,13 @@ class _Planner:
             self.filled[target] = conversion
         self._claim(conversion)
         self.faults.extend(compare_conversion(conversion, self.files.tensors, self.targets))
+
+    def _refuse_mixture(self, name: str, forms: Sequence[Conversion]) -> None:
+        present = ([key for key in form.keys if key in self.stored] for form in forms)
+        held = " and ".join(f"{keys[0]} ({self.files.tensors[keys[0]].file})" for keys in present if keys)
+        self.faults.append(Fault(name, "two layouts at once", f"the files hold {held}"))
+        for form in forms[1:]:  # their keys are part of this fault, not unexpected ones
+            self.claims |= {key: form for key in form.keys if key not in self.claims}
 
     def _forms(self, name: str) -> list[Conversion]:
         """The ways to fill a target of which at least one key is there; the user's rules come first."""

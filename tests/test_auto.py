@@ -1,0 +1,293 @@
+"""The front door: transformers' checkpoints open with its logits, and what we save opens there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from moebius import (
+    ArgumentError,
+    AutoModelForCausalLM,
+    BackendError,
+    Concatenate,
+    ConfigError,
+    MergeModulelist,
+    WeightConverter,
+    open_checkpoint,
+)
+from moebius.config import DecoderConfig
+from tests.families import MOE_FAMILIES, TINY, make_oracle, save_oracle, tiny_config
+
+BACKENDS = ("eager", "batched_mm", "grouped_mm", "auto")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """family -> (oracle, its folder in the hub's layout, three shards or more)."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            oracle = make_oracle(family)
+            folder = tmp_path_factory.mktemp("hub") / family
+            made[family] = oracle, save_oracle(oracle, folder, max_shard_size="100kB")
+        return made[family]
+
+    return get
+
+
+def ids_for(model, batch=2, tokens=24) -> torch.Tensor:
+    return torch.randint(3, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model, ids) -> torch.Tensor:
+    return model(ids).logits
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    """Each tensor's bytes, through the safetensors library."""
+    from safetensors.torch import load_file
+
+    parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {key: tensor.numpy().tobytes() for part in parts for key, tensor in part.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", TINY)
+def test_a_checkpoint_of_transformers_gives_its_logits(checkpoints, family, backend):
+    oracle, folder = checkpoints(family)
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=backend)
+    ids = ids_for(model)
+    torch.testing.assert_close(logits(model, ids), logits(oracle, ids), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_greedy_tokens_from_a_checkpoint_equal_transformers(checkpoints, family):
+    oracle, folder = checkpoints(family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids, mask = ids_for(model), torch.ones(2, 24, dtype=torch.long)
+    ids[0, :7], mask[0, :7] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), oracle.generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_load_then_save_is_byte_identical(checkpoints, family, tmp_path):
+    _, folder = checkpoints(family)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    weights = sorted(path.name for path in folder.iterdir() if "safetensors" in path.name)
+    assert len(weights) > 3
+    assert all((tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes() for name in weights)
+
+
+@pytest.mark.parametrize("made_from", ["files", "nothing"])
+@pytest.mark.parametrize("family", TINY)
+def test_what_is_saved_opens_in_transformers(checkpoints, family, made_from, tmp_path):
+    oracle, folder = checkpoints(family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if made_from == "nothing":
+        fresh = AutoModelForCausalLM.from_config(model.config)
+        fresh.load_state_dict(model.state_dict())
+        model = fresh
+    model.save_pretrained(tmp_path / "saved")
+    reopened, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
+    )
+    assert not any(info.values())
+    ids = ids_for(model)
+    assert torch.equal(logits(reopened, ids), logits(oracle, ids))
+    assert tensors_of(tmp_path / "saved") == tensors_of(folder)
+
+
+def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path):
+    folder = save_oracle(make_oracle("qwen2", tie_word_embeddings=True), tmp_path / "tied")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "saved")
+    assert "lm_head.weight" not in tensors_of(tmp_path / "saved")
+    assert tensors_of(tmp_path / "saved") == tensors_of(folder)
+
+
+def test_the_fused_runtime_layout_opens_too(checkpoints, tmp_path):
+    oracle, folder = checkpoints("qwen3_moe")
+    from safetensors.torch import save_file
+
+    state = {key: tensor.contiguous() for key, tensor in oracle.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = ids_for(model)
+    torch.testing.assert_close(logits(model, ids), logits(oracle, ids), atol=5e-5, rtol=0)
+
+
+def test_a_users_converters_open_a_layout_of_their_own(checkpoints, tmp_path):
+    """Mixtral's published keys under Qwen3-MoE's config: w1, w3, w2 are gate, up, down."""
+    oracle, folder = checkpoints("qwen3_moe")
+    from safetensors.torch import load_file, save_file
+
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    state = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    for published, theirs in names.items():
+        state = {
+            key.replace("mlp.experts", "block_sparse_moe.experts").replace(published, theirs)
+            if ".experts." in key
+            else key: value
+            for key, value in state.items()
+        }
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    conversions = [
+        WeightConverter(
+            ["block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"],
+            "mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            "block_sparse_moe.experts.*.w2.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]
+        ),
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, weight_conversions=conversions)
+    ids = ids_for(model)
+    torch.testing.assert_close(logits(model, ids), logits(oracle, ids), atol=5e-5, rtol=0)
+    model.save_pretrained(tmp_path / "copy")
+    assert tensors_of(tmp_path / "copy") == tensors_of(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "torch.bfloat16"])
+def test_a_dtype_casts_every_weight_and_is_saved_with_it(checkpoints, dtype, tmp_path):
+    oracle, folder = checkpoints("mixtral")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert model.dtype == torch.bfloat16
+    state = oracle.state_dict()
+    assert all(torch.equal(value, state[name].bfloat16()) for name, value in model.state_dict().items())
+    model.save_pretrained(tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_auto_is_the_configs_dtype_or_else_the_files(checkpoints, tmp_path):
+    _, folder = checkpoints("mixtral")
+    AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").save_pretrained(tmp_path / "half")
+    path = tmp_path / "half" / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps(config))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    path.write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.float16
+
+
+def test_a_model_is_made_from_a_config(tmp_path):
+    raw = tiny_config("qwen3_moe")
+    model = AutoModelForCausalLM.from_config(raw, generator=torch.Generator().manual_seed(1))
+    again = AutoModelForCausalLM.from_config(raw, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    weight = model.model.layers[0].mlp.experts.gate_up_proj
+    assert abs(float(weight.detach().std()) - model.config.initializer_range) < 2e-3
+    assert bool((model.model.norm.weight == 1).all())
+    model.save_pretrained(tmp_path / "new")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "new")
+    assert (config.model_type, config.num_experts_per_tok) == ("qwen3_moe", raw["num_experts_per_tok"])
+
+
+def test_meta_makes_the_model_without_reading_weights(checkpoints):
+    _, folder = checkpoints("olmoe")
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.num_parameters() == make_oracle("olmoe").num_parameters()
+
+
+def test_loading_info_has_transformers_shape(checkpoints):
+    _, folder = checkpoints("qwen2")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert set(info) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+    assert not model.training
+
+
+def test_opening_reads_headers_only(checkpoints, monkeypatch):
+    from moebius.checkpoint import loading
+
+    monkeypatch.setattr(loading, "load", None)
+    opened = open_checkpoint(checkpoints("mixtral")[1])
+    assert isinstance(opened.config, DecoderConfig)
+    assert opened.plan.bytes_to_read == opened.files.nbytes
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_backends_are_switched_at_run_time(checkpoints, family):
+    _, folder = checkpoints(family)
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    ids = ids_for(model)
+    expected = logits(model, ids)
+    for backend in BACKENDS:
+        model.set_experts_implementation(backend)
+        torch.testing.assert_close(logits(model, ids), expected, atol=5e-5, rtol=0)
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"low_cpu_mem_usage": True, "use_safetensors": True, "weights_only": True, "trust_remote_code": False},
+        {"torch_dtype": torch.float32, "attn_implementation": "sdpa"},
+        {"revision": "main", "token": None, "local_files_only": True},
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": torch.device("cpu")},
+    ],
+)
+def test_transformers_arguments_that_hold_anyway_are_taken(checkpoints, options):
+    assert AutoModelForCausalLM.from_pretrained(checkpoints("qwen2")[1], **options).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"trust_remote_code": True}, "repository code is never run"),
+        ({"use_safetensors": False}, "only safetensors"),
+        ({"gguf_file": "x.gguf"}, "GGUF"),
+        ({"ignore_mismatched_sizes": True}, "ignore_mismatched_sizes=True: not supported"),
+        ({"tp_plan": "auto"}, "tensor parallelism"),
+        ({"attn_implementation": "flash_attention_2"}, "SDPA"),
+        ({"experts_implementations": "eager"}, "did you mean experts_implementation?"),
+        ({"dtype": "int8"}, "expected 'auto' or one of"),
+        ({"dtype": "bf16"}, "expected 'auto' or one of"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "contradict"),
+        ({"device_map": "gpu"}, "expected 'cpu', 'cuda'"),
+        ({"device_map": {"model.embed_tokens": 0}}, "not split over devices"),
+        ({"device_map": "cuda:7"}, "torch sees 0 CUDA devices"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured_are_refused_by_name(checkpoints, options, says):
+    with pytest.raises(ArgumentError) as caught:
+        AutoModelForCausalLM.from_pretrained(checkpoints("qwen2")[1], **options)
+    assert says in str(caught.value)
+
+
+def test_an_unknown_backend_is_refused_before_a_weight_is_read(checkpoints, monkeypatch):
+    monkeypatch.setattr("moebius.checkpoint.loading._fill", None)
+    with pytest.raises((BackendError, ArgumentError), match="grouped_mm"):
+        AutoModelForCausalLM.from_pretrained(checkpoints("mixtral")[1], experts_implementation="groupped_mm")
+
+
+def test_several_wrong_arguments_are_told_at_once(checkpoints):
+    with pytest.raises(ArgumentError) as caught:
+        AutoModelForCausalLM.from_pretrained(checkpoints("qwen2")[1], gguf_file="x", max_memory={})
+    assert len(caught.value.faults) == 2
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "0GB", -1, "1.5GB"])
+def test_a_shard_size_must_be_a_size(size, tmp_path):
+    with pytest.raises(ArgumentError, match="max_shard_size"):
+        AutoModelForCausalLM.from_config(tiny_config("qwen2")).save_pretrained(tmp_path / "x", max_shard_size=size)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_config_that_says_something_else_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="sliding_window"):
+        AutoModelForCausalLM.from_config(tiny_config("mixtral", sliding_window=4096))
