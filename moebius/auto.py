@@ -72,14 +72,21 @@ class CausalLM(Decoder):
         """Parameters, tied ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def generate(self, input_ids: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    def generate(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
         """Continues `input_ids` [B, T] (int64): the ids [B, T + new], as transformers' generate gives them.
 
         options: those of moebius.generation.generate (attention_mask, max_new_tokens, do_sample, streamer, ...); what
-        they leave open comes from the checkpoint's generation_config.json.
+        they and `generation_config` leave open comes from the checkpoint's generation_config.json.
         Raises ArgumentError for an option that is unknown or not supported.
         """
-        return generate(self, input_ids, **{"generation_config": self.generation_config, **options})
+        given = generation_config or GenerationConfig()
+        return generate(self, input_ids, generation_config=given.over(self.generation_config), **options)
 
     def save_pretrained(
         self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", progress: Progress | None = None

@@ -13,6 +13,7 @@ from moebius import (
     BackendError,
     Concatenate,
     ConfigError,
+    GenerationConfig,
     MergeModulelist,
     WeightConverter,
     open_checkpoint,
@@ -291,3 +292,13 @@ def test_a_shard_size_must_be_a_size(size, tmp_path):
 def test_a_config_that_says_something_else_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="sliding_window"):
         AutoModelForCausalLM.from_config(tiny_config("mixtral", sliding_window=4096))
+
+
+def test_a_generation_config_of_ones_own_keeps_the_checkpoints_special_ids(checkpoints):
+    oracle, folder = checkpoints("qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = ids_for(model, batch=1)
+    first = int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
+    model.generation_config = GenerationConfig(eos_token_id=first, pad_token_id=0)
+    given = GenerationConfig(max_new_tokens=8, do_sample=False)
+    assert model.generate(ids, generation_config=given).shape == (1, 25)
