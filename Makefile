@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types test-slow clean
+.PHONY: demo test lint types test-slow test-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moebius demo
@@ -27,16 +27,21 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || \
 	  { echo "error: $(PYTHON) is not a Python >= 3.11 with ensurepip; say PYTHON=python3.12 (Debian: apt-get install python3-venv)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[plots]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plots]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[plots,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plots,test]"
 	@touch $@
+
+# Runs in the Python that has the card's torch: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu -W default tests/gpu
 
 clean:
 	rm -rf $(VENV) moebius-demo

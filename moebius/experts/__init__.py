@@ -1,0 +1,1 @@
+"""The pluggable seam: what runs the routed experts of a layer."""

@@ -1,0 +1,54 @@
+"""What a backend is given: the weights of a layer's experts, and the signature it has to have.
+
+T tokens, K experts a token, E experts, H hidden, I intermediate.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moebius.config import Activation
+
+
+class ExpertWeights(Protocol):
+    """The experts of one layer, packed, gate rows first.  What a backend may read; `interface.Experts` is one."""
+
+    @property
+    def gate_up_proj(self) -> Tensor: ...  # [E, 2I, H]
+    @property
+    def down_proj(self) -> Tensor: ...  # [E, H, I]
+    @property
+    def gate_up_proj_bias(self) -> Tensor | None: ...  # [E, 2I], or None where the family has none
+    @property
+    def down_proj_bias(self) -> Tensor | None: ...  # [E, H]
+    @property
+    def activation(self) -> Activation: ...
+    @property
+    def num_experts(self) -> int: ...
+
+
+ExpertsFunction = Callable[[ExpertWeights, Tensor, Tensor, Tensor], Tensor]
+"""(experts, hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K]) -> [T, H] in hidden_states' dtype.
+
+A slot whose id is outside [0, num_experts) adds nothing, is not read, and gives its weight a zero gradient.  The K rows
+of a token are added in float32 and rounded once.  Inputs are not changed.  T = 0 gives an empty result, joined to the
+graph.
+"""
+
+
+def owned_slots(experts: ExpertWeights, top_k_index: Tensor) -> Tensor:
+    """Which slots name one of these experts.  [T, K] ids -> [T, K] bool."""
+    return (top_k_index >= 0) & (top_k_index < experts.num_experts)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32, and float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def weighted_sum(rows: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each token's K rows [T, K, H] times its weights [T, K], added in float32 and rounded once to `dtype`: [T, H]."""
+    wide = accumulation_dtype(dtype)
+    return (rows.to(wide) * top_k_weights.to(wide).unsqueeze(-1)).sum(dim=1).to(dtype)

@@ -1,0 +1,142 @@
+"""The pluggable seam: the Experts module, and the registry of functions that run it.
+
+T tokens, K experts a token, E experts, H hidden, I intermediate.
+"""
+
+import difflib
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moebius.config import SparseMoe
+from moebius.errors import ArgumentError, BackendError, Fault
+from moebius.experts.batched_mm import batched_mm_experts
+from moebius.experts.contract import ExpertsFunction
+from moebius.experts.eager import eager_experts
+from moebius.experts.grouped_mm import grouped_mm_experts
+from moebius.experts.select import Choice, Situation, backend_obstacles, select_backend
+
+AUTO = "auto"
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+logger = logging.getLogger(__name__)
+
+
+class ExpertsInterface(Mapping[str, ExpertsFunction]):
+    """Backends by name.  `register` is where users plug in their own."""
+
+    def __init__(self, functions: Mapping[str, ExpertsFunction]):
+        self._functions = dict(functions)
+
+    def register(self, name: str, function: ExpertsFunction) -> None:
+        """Add a backend, or replace the one of this name.
+
+        ArgumentError: "auto", which is a choice among backends, and "eager", which defines what the others must give.
+        """
+        if name in (AUTO, "eager"):
+            raise ArgumentError(f"the name {name!r} cannot be registered: take another one")
+        self._functions[name] = function
+
+    def check(self, name: str) -> str:
+        """`name`, if it is a backend or "auto".  BackendError: unknown; the nearest known names come first."""
+        known = [AUTO, *self._functions]
+        if name in known:
+            return name
+        nearest = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
+        raise BackendError(
+            f"experts_implementation: unknown backend {name!r}; known: {', '.join(nearest)}",
+            advice="take one of these, or add yours with ALL_EXPERTS_FUNCTIONS.register(name, function)",
+        )
+
+    def __getitem__(self, name: str) -> ExpertsFunction:
+        return self._functions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+
+ALL_EXPERTS_FUNCTIONS = ExpertsInterface(
+    {"eager": eager_experts, "batched_mm": batched_mm_experts, "grouped_mm": grouped_mm_experts}
+)
+
+
+def use_experts_implementation(experts_class: ModuleClass) -> ModuleClass:
+    """Class decorator: `forward` runs the backend that `self.experts_implementation` names.
+
+    The class's own forward is what "eager" runs.  BackendError: the backend is unknown, or cannot run here; it is never
+    replaced in silence.
+    """
+    own_forward = experts_class.forward
+
+    @functools.wraps(own_forward)
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        name = _runnable(self.experts_implementation, _situation(self, hidden_states))
+        run = own_forward if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
+        # under autocast the states may be narrower than the weights, and grouped products take one dtype
+        states = hidden_states.to(self.gate_up_proj.dtype)
+        return run(self, states, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+    experts_class.forward = forward
+    return experts_class
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """The routed experts of one layer, packed; see `contract.ExpertWeights` for the layout.
+
+    bias: whether both projections have biases.  experts_implementation: a name in ALL_EXPERTS_FUNCTIONS, or "auto".
+    """
+
+    def __init__(
+        self, config: SparseMoe, hidden_size: int, *, bias: bool = False, experts_implementation: str = AUTO
+    ) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.activation = config.activation
+        self.experts_implementation = ALL_EXPERTS_FUNCTIONS.check(experts_implementation)
+        gate_up_rows, rows = 2 * config.intermediate_size, hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, gate_up_rows, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, rows, config.intermediate_size))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(config.num_experts, gate_up_rows)) if bias else None
+        self.down_proj_bias = nn.Parameter(torch.empty(config.num_experts, rows)) if bias else None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]."""
+        return eager_experts(self, hidden_states, top_k_index, top_k_weights)
+
+    def set_experts_implementation(self, name: str) -> None:
+        """Take another backend from now on.  BackendError: unknown name."""
+        self.experts_implementation = ALL_EXPERTS_FUNCTIONS.check(name)
+
+
+def _situation(experts: Experts, hidden_states: Tensor) -> Situation:
+    _, hidden_size, intermediate_size = experts.down_proj.shape
+    return Situation(hidden_states.device.type, experts.down_proj.dtype, hidden_size, intermediate_size)
+
+
+def _runnable(name: str, situation: Situation) -> str:
+    """The backend to run: `name` itself if it can run here, or what "auto" chooses."""
+    if name == AUTO:
+        return _chosen(situation).name
+    obstacles = backend_obstacles(name, situation)
+    if obstacles:
+        raise BackendError(
+            f"experts_implementation={name!r} cannot run here",
+            faults=[Fault(name, "cannot run", obstacle) for obstacle in obstacles],
+            advice=f'take "{AUTO}", or a backend without these limits',
+        )
+    return name
+
+
+@functools.cache
+def _chosen(situation: Situation) -> Choice:
+    """`select_backend`, logged the first time that a situation is met."""
+    choice = select_backend(situation)
+    logger.info("experts: %s, as %s", *choice)
+    return choice

@@ -1,0 +1,1 @@
+"""What a decoder is made of; no files, no process groups, no family names."""

@@ -1,0 +1,50 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer, section 3.4.2), pairs (i, i + R/2).
+
+B batch, T tokens, D head_dim, R rotary_dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebius.config import Rope
+
+RotaryTables = tuple[Tensor, Tensor]
+"""cos, and sin with the sign that its half of a pair takes: each [B or 1, 1, T, R]."""
+
+
+def rotary_tables(rope: Rope, position_ids: Tensor, dtype: torch.dtype) -> RotaryTables:
+    """position_ids [B or 1, T] -> cos and signed sin of position * theta^(-2i/R), in float32, then cast to `dtype`."""
+    channels = torch.arange(0, rope.rotary_dim, 2, device=position_ids.device, dtype=torch.float32)
+    inverse_frequency = 1.0 / rope.theta ** (channels / rope.rotary_dim)
+    angles = (position_ids.unsqueeze(-1).float() * inverse_frequency).unsqueeze(1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation of [B, heads, T, D]; its gradient is the rotation back, so that nothing but the tables is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(states, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad_outputs[0], cos, -sin), None, None
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotary_dim = cos.shape[-1]
+    turning, rest = states[..., :rotary_dim], states[..., rotary_dim:]
+    # rolling by half the width brings each channel its partner
+    turned = (turning * cos).addcmul_(turning.roll(rotary_dim // 2, dims=-1), sin)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def apply_rotary(states: Tensor, tables: RotaryTables) -> Tensor:
+    """states [B, heads, T, D]: its first R channels rotated, the others as they are."""
+    return _Rotate.apply(states, *tables)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,41 @@
+"""OLMoE (Muennighoff et al. 2024): norms of q and k over their full width, weights not renormalised."""
+
+from typing import Any
+
+from moebius.checkpoint.converter import Rule
+from moebius.config import DecoderConfig, LayerConfig, SoftmaxTopK
+from moebius.models import blocks
+from moebius.models.family import Family
+from moebius.models.reading import ConfigReader
+from moebius.models.rules import SKIPPED_KEYS, standard_experts
+
+
+def _read(reader: ConfigReader) -> DecoderConfig:
+    reader.must_be("clip_qkv", None)
+    bias = reader.boolean("attention_bias", default=False)
+    mixer = blocks.read_attention(reader, qkv_bias=bias, output_bias=bias, qk_norm="full")
+    routing = SoftmaxTopK(renormalize=reader.boolean("norm_topk_prob", default=False))
+    moe = blocks.read_moe(reader, width_field="intermediate_size", routing=routing)
+    layers = (LayerConfig(mixer, moe),) * blocks.read_num_layers(reader)
+    return blocks.read_decoder(reader, "olmoe", layers, eps=1e-5, aux_loss_coef=0.01)
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    mixer, moe = blocks.only_mixer(config), blocks.only_moe(config)
+    return {
+        **blocks.write_decoder(config),
+        **blocks.write_attention(mixer),
+        "attention_bias": mixer.qkv_bias,
+        "clip_qkv": None,
+        "intermediate_size": moe.intermediate_size,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.routing.renormalize,
+    }
+
+
+def _rules(config: DecoderConfig) -> tuple[Rule, ...]:
+    return (*standard_experts(), *SKIPPED_KEYS)
+
+
+FAMILY = Family("olmoe", "OlmoeForCausalLM", _read, _write, _rules)

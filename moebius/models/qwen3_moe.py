@@ -1,0 +1,43 @@
+"""Qwen3-MoE (Qwen Team 2025): per-head norm of q and k; dense layers where the config says so."""
+
+from typing import Any
+
+from moebius.checkpoint.converter import Rule
+from moebius.config import DecoderConfig, SoftmaxTopK
+from moebius.models import blocks
+from moebius.models.family import Family
+from moebius.models.reading import ConfigReader
+from moebius.models.rules import SKIPPED_KEYS, standard_experts
+
+
+def _read(reader: ConfigReader) -> DecoderConfig:
+    blocks.read_full_attention_only(reader)
+    bias = reader.boolean("attention_bias", default=False)
+    mixer = blocks.read_attention(reader, qkv_bias=bias, output_bias=bias, qk_norm="head")
+    routing = SoftmaxTopK(renormalize=reader.boolean("norm_topk_prob", default=False))
+    moe = blocks.read_moe(reader, width_field="moe_intermediate_size", routing=routing)
+    layers = blocks.read_stepped_layers(reader, mixer, moe)
+    return blocks.read_decoder(reader, "qwen3_moe", layers, eps=1e-6, aux_loss_coef=0.001)
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    mixer, moe = blocks.only_mixer(config), blocks.only_moe(config)
+    return {
+        **blocks.write_decoder(config),
+        **blocks.write_attention(mixer),
+        **blocks.write_stepped_layers(config),
+        "attention_bias": mixer.qkv_bias,
+        "moe_intermediate_size": moe.intermediate_size,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.routing.renormalize,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def _rules(config: DecoderConfig) -> tuple[Rule, ...]:
+    return (*standard_experts(), *SKIPPED_KEYS)
+
+
+FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", _read, _write, _rules)

@@ -1,0 +1,179 @@
+"""Reading a config.json: every field typed, ranged and accounted for, all faults raised at once.  No torch."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from moebius.errors import ConfigError, Fault
+
+MAX_SIZE = 2**31 - 1
+MISSING = object()
+
+BOOKKEEPING_KEYS = """
+    model_type architectures _name_or_path name_or_path transformers_version auto_map use_cache
+    return_dict  output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss
+    pruned_heads  chunk_size_feed_forward is_decoder tie_encoder_decoder cross_attention_hidden_size
+    finetuning_task id2label label2id  tokenizer_class prefix sep_token_id decoder_start_token_id
+    task_specific_params problem_type attn_implementation  _attn_implementation
+    _attn_implementation_autoset experts_implementation _experts_implementation
+"""
+
+GENERATION_KEYS = """
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p  typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids  num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id  remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+"""
+
+INERT_KEYS = frozenset(BOOKKEEPING_KEYS.split() + GENERATION_KEYS.split())
+"""Fields that say nothing about the model in any family.  Code that `auto_map` names is never run."""
+
+
+class ConfigReader:
+    """Reads fields from one JSON object.
+
+    A field that is missing or wrong is noted and a harmless stand-in returned, so that reading goes on; `finish` raises
+    them all.  A field may have aliases: any spelling counts, two with different values are a contradiction.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], *, within: str = ""):
+        self.raw = raw
+        self.faults: list[Fault] = []
+        self._within = within
+        self._read: set[str] = set()
+
+    def integer(self, *names: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
+        """A whole number in [minimum, maximum]; absent or null means `default`, or is a fault without one."""
+        expected = f"a whole number from {minimum} to {maximum}"
+        found = self._checked(names, expected, lambda value: _is_integer(value, minimum, maximum), default)
+        return minimum if found is None else found
+
+    def optional_integer(self, *names: str, minimum: int = 0, maximum: int = MAX_SIZE) -> int | None:
+        """As `integer`, where absent or null means None."""
+        present = self._value(names)
+        return None if present is MISSING or present is None else self.integer(*names, minimum=minimum, maximum=maximum)
+
+    def integers(self, name: str, *, below: int | None = None) -> tuple[int, ...]:
+        """A list of whole numbers in [0, below), or one alone; absent or null means none."""
+        maximum = MAX_SIZE if below is None else below - 1
+        expected = f"whole numbers from 0 to {maximum}"
+        value = self._checked((name,), expected, lambda found: _are_integers(found, maximum), [])
+        return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+    def positive(self, *names: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        found = self._checked(names, "a number above 0", lambda value: _is_number(value) and value > 0, default)
+        return 1.0 if found is None else float(found)
+
+    def non_negative(self, *names: str, default: float) -> float:
+        """A finite number, zero or more."""
+        found = self._checked(names, "a number, 0 or more", lambda value: _is_number(value) and value >= 0, default)
+        return 0.0 if found is None else float(found)
+
+    def boolean(self, *names: str, default: bool) -> bool:
+        return bool(self._checked(names, "true or false", lambda value: isinstance(value, bool), default))
+
+    def one_of(self, *names: str, supported: Iterable[str]) -> str | None:
+        """One of the supported strings; absent or null means None."""
+        choices = tuple(supported)
+        return self._checked(names, f"one of {', '.join(choices)}", lambda value: value in choices, None, optional=True)
+
+    def must_be(self, name: str, supported: object, *, absent: object = MISSING) -> None:
+        """Refuse every value but `supported`; an absent field counts as `absent`, which is `supported` unless said."""
+        value = self._value((name,))
+        value = (supported if absent is MISSING else absent) if value is MISSING else value
+        if value != supported or isinstance(value, bool) != isinstance(supported, bool):
+            self.fault(name, "unsupported", f"{_shown(value)}; supported: {_shown(supported)}")
+
+    def section(self, name: str) -> "ConfigReader":
+        """A reader of the object at `name`, empty where that is absent or null; `close` it."""
+        value = self._checked((name,), "an object", lambda found: isinstance(found, Mapping), None, optional=True)
+        return ConfigReader(value or {}, within=f"{name}.")
+
+    def close(self, section: "ConfigReader") -> None:
+        """Take over a section's faults, fields that it did not read among them."""
+        self.faults += [*section.faults, *section.unread()]
+
+    def ignore(self, *names: str) -> None:
+        """These fields are known, and change nothing here."""
+        self._read.update(names)
+
+    def relate(self, name: str, fits: bool, detail: str, *others: str) -> None:
+        """A relation between `name` and other fields; judged only where each of them was read without a fault."""
+        faulty = {fault.where for fault in self.faults}
+        if not fits and faulty.isdisjoint(self._within + field for field in (name, *others)):
+            self.fault(name, "value", detail)
+
+    def fault(self, name: str, what: str, detail: str) -> None:
+        """Note a fault, once however often the field is read."""
+        fault = Fault(self._within + name, what, detail)
+        if fault not in self.faults:
+            self.faults.append(fault)
+
+    def unread(self) -> list[Fault]:
+        """A fault for each field that nothing read."""
+        unread = [str(name) for name in self.raw if name not in self._read and name not in INERT_KEYS]
+        return [
+            Fault(self._within + name, "unknown field", f"{_shown(self.raw[name])}; what it changes is not implemented")
+            for name in unread
+        ]
+
+    def finish(self, model_type: str) -> None:
+        """Raise ConfigError if anything was wrong, fields that nothing read included."""
+        faults = [*self.faults, *self.unread()]
+        if faults:
+            raise ConfigError(
+                f"config.json of a {model_type} model: {len(faults)} fault{'s' * (len(faults) > 1)}",
+                faults=faults,
+                advice="correct these fields; what is marked unsupported or unknown cannot be loaded faithfully",
+            )
+
+    def _value(self, names: tuple[str, ...]) -> Any:
+        """The value under any of these spellings, or MISSING; null is a value."""
+        self._read.update(names)
+        found = {name: self.raw[name] for name in names if name in self.raw}
+        given = {name: value for name, value in found.items() if value is not None}
+        values = list((given or found).values())
+        if any(value != values[0] for value in values[1:]):
+            spelled = ", ".join(f"{name} {_shown(value)}" for name, value in given.items())
+            self.fault(names[0], "contradiction", f"{spelled}; they mean the same field")
+        return values[0] if values else MISSING
+
+    def _checked(
+        self,
+        names: tuple[str, ...],
+        expected: str,
+        valid: Callable[[Any], bool],
+        default: Any,
+        *,
+        optional: bool = False,
+    ) -> Any:
+        value = self._value(names)
+        if value is MISSING or value is None:
+            if default is None and not optional:
+                self.fault(names[0], "missing", f"expected {expected}")
+            return default
+        if not valid(value):
+            self.fault(names[0], "value", f"expected {expected}, found {_shown(value)}")
+            return default
+        return value
+
+
+def _is_integer(value: object, minimum: int, maximum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
+def _are_integers(value: object, maximum: int) -> bool:
+    items = value if isinstance(value, list | tuple) else [value]
+    return all(_is_integer(item, 0, maximum) for item in items)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shown(value: object, limit: int = 80) -> str:
+    """As JSON writes it, roughly, and never longer than a line."""
+    text = {"True": "true", "False": "false", "None": "null"}.get(repr(value), repr(value))
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,220 @@
+"""config.json, read strictly: what is read, what is written, what is refused and how it is named."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from moebius.config import DecoderConfig, DenseMlp, RmsNorm, SparseMoe
+from moebius.errors import ConfigError
+from moebius.models import FAMILIES, family_of
+from tests.families import MOE_FAMILIES, TINY, make_oracle, save_oracle, tiny_config
+from tests.models.hub_configs import MIXTRAL, QWEN3_MOE, RELEASED
+
+
+def read(raw: Any) -> DecoderConfig:
+    return family_of(raw).from_hf(raw)
+
+
+def faults(raw: dict[str, Any]) -> dict[str, str]:
+    """Field -> what was wrong with it."""
+    with pytest.raises(ConfigError) as raised:
+        read(raw)
+    return {fault.where: fault.what for fault in raised.value.faults}
+
+
+@pytest.mark.parametrize("raw", [*(raw for raw, *_ in RELEASED.values()), *TINY.values()], ids=[*RELEASED, *TINY])
+def test_a_config_written_reads_back_the_same(raw):
+    config = read(raw)
+    written = FAMILIES[config.model_type].to_hf(config)
+    assert read(json.loads(json.dumps(written))) == config
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_transformers_reads_what_is_written_as_what_was_read(family):
+    from transformers import AutoConfig
+
+    raw = tiny_config(family)
+    written = FAMILIES[family].to_hf(read(raw))
+    ours, theirs = (AutoConfig.for_model(**given).to_dict() for given in (written, raw))
+    differing = {name for name in theirs if ours.get(name) != theirs[name]}
+    assert differing <= {"head_dim", "intermediate_size", "max_window_layers", "layer_types", "sliding_window"}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_what_transformers_saves_reads_the_same(family, tmp_path):
+    folder = save_oracle(make_oracle(family), tmp_path)
+    assert read(json.loads((folder / "config.json").read_text())) == read(tiny_config(family))
+
+
+def test_dense_layers_are_written_by_number():
+    config = read(tiny_config("qwen3_moe", decoder_sparse_step=2, num_hidden_layers=4))
+    kinds = [type(layer.feed_forward) for layer in config.layers]
+    assert kinds == [DenseMlp, SparseMoe, DenseMlp, SparseMoe]
+    assert FAMILIES["qwen3_moe"].to_hf(config)["mlp_only_layers"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("family", "stranger"), [("mixtral", "qwen3_moe"), ("qwen2", "mixtral"), ("qwen2_moe", "olmoe")]
+)
+def test_a_config_that_a_family_has_no_words_for_is_refused(family, stranger):
+    with pytest.raises(ConfigError, match=family):
+        FAMILIES[family].to_hf(replace(read(tiny_config(stranger)), model_type=family))
+
+
+def test_layers_that_differ_are_refused_where_the_family_writes_one_kind():
+    config = read(tiny_config("mixtral"))
+    first = replace(config.layers[0], feed_forward=replace(config.moe_layers[0], top_k=1))
+    with pytest.raises(ConfigError, match="layers: no words for"):
+        FAMILIES["mixtral"].to_hf(replace(config, layers=(first, *config.layers[1:])))
+
+
+def test_both_spellings_are_read():
+    renamed = {
+        key: value for key, value in QWEN3_MOE.items() if key not in ("num_experts", "rope_theta", "torch_dtype")
+    }
+    renamed |= {
+        "num_local_experts": 128,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "dtype": "bfloat16",
+    }
+    assert read(renamed) == read(QWEN3_MOE)
+    assert read({**QWEN3_MOE, "num_local_experts": 128}) == read(QWEN3_MOE)
+
+
+def test_null_means_absent():
+    config = read(
+        {**MIXTRAL, "head_dim": None, "num_key_value_heads": None, "rope_scaling": None, "eos_token_id": None}
+    )
+    assert config.layers[0].mixer.head_dim == 128
+    assert config.layers[0].mixer.num_key_value_heads == 32
+    assert config.eos_token_id == ()
+
+
+def test_head_dim_is_read_where_it_is_not_the_quotient():
+    assert read(QWEN3_MOE).layers[0].mixer.head_dim == 128
+    assert QWEN3_MOE["hidden_size"] // QWEN3_MOE["num_attention_heads"] == 64
+
+
+def test_several_ends_are_read():
+    assert read({**QWEN3_MOE, "eos_token_id": [151645, 151643]}).eos_token_id == (151645, 151643)
+
+
+def test_left_over_generation_fields_change_nothing():
+    inert = {"top_k": 50, "do_sample": False, "id2label": {"0": "A"}, "auto_map": {"AutoModel": "evil.Model"}}
+    assert read({**QWEN3_MOE, **inert}) == read(QWEN3_MOE)
+
+
+def test_absent_norm_topk_prob_means_false():
+    raw = {key: value for key, value in QWEN3_MOE.items() if key != "norm_topk_prob"}
+    assert not read(raw).moe_layers[0].routing.renormalize
+
+
+REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
+    # family, changed fields, the field named, what is said
+    ("qwen3_moe", {"num_experts": -1}, "num_experts", "value"),
+    ("qwen3_moe", {"hidden_size": "x"}, "hidden_size", "value"),
+    ("qwen3_moe", {"hidden_size": 64.0}, "hidden_size", "value"),
+    ("qwen3_moe", {"hidden_size": True}, "hidden_size", "value"),
+    ("qwen3_moe", {"hidden_size": None}, "hidden_size", "missing"),
+    ("qwen3_moe", {"num_hidden_layers": 10**12}, "num_hidden_layers", "value"),
+    ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok", "value"),
+    ("qwen3_moe", {"num_local_experts": 9}, "num_experts", "contradiction"),
+    ("qwen3_moe", {"dtype": "bfloat16"}, "torch_dtype", "contradiction"),
+    ("qwen3_moe", {"rope_parameters": {"rope_theta": 5.0}}, "rope_theta", "contradiction"),
+    ("qwen3_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type", "unsupported"),
+    ("qwen3_moe", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.factor", "unknown field"),
+    (
+        "qwen3_moe",
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "rope_parameters.partial_rotary_factor",
+        "unsupported",
+    ),
+    ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "unsupported"),
+    ("qwen3_moe", {"rope_scaling": "yarn"}, "rope_scaling", "value"),
+    ("qwen3_moe", {"rope_theta": 0}, "rope_theta", "value"),
+    ("qwen3_moe", {"rms_norm_eps": float("nan")}, "rms_norm_eps", "value"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window", "unsupported"),
+    ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act", "unsupported"),
+    ("qwen3_moe", {"attention_dropout": 0.1}, "attention_dropout", "unsupported"),
+    ("qwen3_moe", {"num_key_value_heads": 3}, "num_key_value_heads", "value"),
+    ("qwen3_moe", {"head_dim": 31}, "head_dim", "value"),
+    ("qwen3_moe", {"mlp_only_layers": [2]}, "mlp_only_layers", "value"),
+    ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers", "value"),
+    ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob", "value"),
+    ("qwen3_moe", {"torch_dtype": "int8"}, "torch_dtype", "value"),
+    ("qwen3_moe", {"torch_dtype": ["float32"]}, "torch_dtype", "value"),
+    ("qwen3_moe", {"eos_token_id": -2}, "eos_token_id", "value"),
+    ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config", "unsupported"),
+    ("qwen3_moe", {"architectures": ["Qwen3MoeForSequenceClassification"]}, "architectures", "unsupported"),
+    ("qwen3_moe", {"n_group": 4}, "n_group", "unknown field"),
+    ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types", "unsupported"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size", "missing"),
+    ("mixtral", {"sliding_window": 4096}, "sliding_window", "unsupported"),
+    ("mixtral", {"attention_bias": True}, "attention_bias", "unsupported"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise", "unsupported"),
+    ("mixtral", {"hidden_size": 66}, "hidden_size", "value"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv", "unsupported"),
+    ("qwen2", {"use_mrope": True}, "use_mrope", "unsupported"),
+    ("qwen2", {"num_experts": 8}, "num_experts", "unknown field"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "field", "what"), REFUSED)
+def test_a_wrong_unsupported_or_unknown_field_is_refused_by_name(family, changes, field, what):
+    assert faults(tiny_config(family, **changes)).get(field) == what
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_a_missing_size_is_named(family, field):
+    raw = tiny_config(family)
+    del raw[field]
+    assert faults(raw) == {field: "missing"}
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_missing_number_of_experts_is_named(family):
+    raw = {key: value for key, value in tiny_config(family).items() if key not in ("num_experts", "num_local_experts")}
+    assert faults(raw)["num_experts"] == "missing"
+
+
+def test_all_faults_come_at_once_and_each_once():
+    with pytest.raises(ConfigError) as raised:
+        read(tiny_config("qwen3_moe", hidden_size="x", head_dim=31, hidden_act="relu", strange=1))
+    named = [fault.where for fault in raised.value.faults]
+    assert sorted(named) == ["head_dim", "hidden_act", "hidden_size", "strange"]
+
+
+def test_the_value_found_and_what_is_supported_are_told():
+    with pytest.raises(ConfigError, match="'gelu'; supported: 'silu'"):
+        read(tiny_config("qwen3_moe", hidden_act="gelu"))
+
+
+@pytest.mark.parametrize("model_type", [None, "mixtrall", 3, ["mixtral"]])
+def test_an_unknown_model_type_lists_the_known_ones(model_type):
+    with pytest.raises(ConfigError) as raised:
+        family_of({"model_type": model_type})
+    assert all(known in str(raised.value) for known in FAMILIES)
+
+
+def test_the_nearest_family_is_named_first():
+    with pytest.raises(ConfigError, match="known: mixtral, "):
+        family_of({"model_type": "mixtrall"})
+
+
+def test_a_config_that_is_no_object_is_refused():
+    with pytest.raises(ConfigError, match="list"):
+        family_of([])  # pyright: ignore[reportArgumentType]
+
+
+def test_reading_loads_no_torch():
+    program = "import sys, moebius.models, moebius.models.counting; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_epsilon_is_the_files():
+    assert read(tiny_config("mixtral", rms_norm_eps=0.25)).norm == RmsNorm(0.25)

@@ -1,0 +1,51 @@
+"""Released models have their published sizes, counted twice: by arithmetic, and on a model without memory."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from moebius.layers.decoder import Decoder
+from moebius.models import family_of
+from moebius.models.counting import count_parameters
+from tests.families import TINY, tiny_config
+from tests.models.hub_configs import RELEASED
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_model_has_its_published_size(name):
+    raw, total, active = RELEASED[name]
+    counts = count_parameters(family_of(raw).from_hf(raw))
+    assert counts.total == pytest.approx(total * 1e9, abs=5e6)  # published to two decimals
+    assert counts.active == pytest.approx(active * 1e9, abs=5e6)
+
+
+@pytest.mark.parametrize("raw", [*(raw for raw, *_ in RELEASED.values()), *TINY.values()], ids=[*RELEASED, *TINY])
+def test_the_arithmetic_agrees_with_the_model_role_by_role(raw):
+    config = family_of(raw).from_hf(raw)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert roles_of(decoder) == count_parameters(config).by_role
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen2_moe", {"mlp_only_layers": [0], "qkv_bias": False}),
+        ("olmoe", {"attention_bias": True}),
+        ("qwen3_moe", {"attention_bias": True}),
+    ],
+)
+def test_ties_biases_and_dense_layers_are_counted(family, changes):
+    raw = tiny_config(family, **changes)
+    config = family_of(raw).from_hf(raw)
+    assert roles_of(Decoder(config)) == count_parameters(config).by_role
+
+
+def roles_of(decoder: Decoder) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    roles = decoder.parameter_roles()
+    for name, parameter in decoder.named_parameters():
+        counts[roles[name]] += parameter.numel()
+    return dict(counts)
