@@ -10,7 +10,8 @@ def main(path: str, prompt: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(path)
     print(model.plan, file=sys.stderr)
     inputs = tokenizer(prompt, return_tensors="pt")
-    model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, seed=0, streamer=TextStreamer(tokenizer))
+    streamer = TextStreamer(tokenizer)
+    model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, seed=0, streamer=streamer)
 
 
 if __name__ == "__main__":

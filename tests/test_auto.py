@@ -295,7 +295,7 @@ def test_a_config_that_says_something_else_is_refused(tmp_path):
 
 
 def test_a_generation_config_of_ones_own_keeps_the_checkpoints_special_ids(checkpoints):
-    oracle, folder = checkpoints("qwen3_moe")
+    _, folder = checkpoints("qwen3_moe")
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = ids_for(model, batch=1)
     first = int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])

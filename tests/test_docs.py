@@ -28,7 +28,10 @@ def beside_a_demo_model(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if BLOCK.search(path.read_text())], ids=lambda path: path.name)
+WITH_CODE = [path for path in DOCUMENTS if BLOCK.search(path.read_text())]
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.name)
 def test_python_in_documents_runs(path, beside_a_demo_model):
     names: dict = {"__name__": "document"}
     for block in BLOCK.findall(path.read_text()):

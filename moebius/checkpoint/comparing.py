@@ -9,7 +9,7 @@ from moebius.checkpoint.files import TensorInfo
 from moebius.errors import Fault
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # among these a cast is allowed; the plan shows it
-NAMED_MISSING = 4  # beyond this many missing keys of one list, one line says which are there
+NAMED_KEYS = 2  # beyond this many missing or surplus keys of one list, one line says which ids are there
 
 
 class Expected(Protocol):
@@ -59,7 +59,7 @@ def gathered(faults: Iterable[Fault], stored: Iterable[str], expected: Iterable[
 
 
 def _joined(name: str, group: list[Fault]) -> list[Fault]:
-    if len(group) <= NAMED_MISSING or name == group[0].where:
+    if len(group) <= NAMED_KEYS or name == group[0].where:
         return group
     first = group[0]
     return [Fault(f"{name}.*", first.what, f"{len(group)} names, such as {first.where}: {first.detail}")]
@@ -97,7 +97,7 @@ def _missing(group: Sequence[Source], tensors: Mapping[str, TensorInfo], dtype: 
         return [Fault(source.key, "missing", expected) for source in missing]
     found = ranges(source.index for source in group if source.key in tensors and source.index is not None)
     ids = f"ids found: {found}; the model holds 0-{len(group) - 1}"
-    if len(missing) <= NAMED_MISSING and len(missing) < len(group):
+    if len(missing) <= NAMED_KEYS and len(missing) < len(group):
         return [Fault(source.key, "missing", f"{expected}; {ids}") for source in missing]
     what = "missing" if found == "none" else "gap"
     return [Fault(_starred(group), what, f"{expected}; {ids}")]

@@ -142,6 +142,11 @@ class WeightConverter:
         """The index of a source in the merged list."""
         return next(fit.indices[-1] for pattern in self.sources if (fit := pattern.match(key)))
 
+    def list_name(self, key: str) -> str:
+        """The key of a source with `*` for its index in the merged list."""
+        pattern, fit = next((pattern, fit) for pattern in self.sources if (fit := pattern.match(key)))
+        return pattern.fill(fit.prefix, (*fit.indices[:-1], STAR))
+
     def _match(self, patterns: Sequence[Pattern], key: str) -> Match | None:
         fits: Iterator[Match] = (fit for pattern in patterns if (fit := pattern.match(key)))
         fit = next(fits, None)

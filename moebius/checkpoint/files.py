@@ -177,7 +177,9 @@ def _read_index(root: Path, faults: list[Fault]) -> tuple[Mapping[str, str], byt
         faults.append(Fault(INDEX_FILE, "no weight_map", "expected an object from tensor names to shard file names"))
         return {}, raw
     wrong = [key for key, name in weight_map.items() if not isinstance(name, str)]
-    faults.extend(Fault(INDEX_FILE, "not a file name", f"{key!r} -> {weight_map[key]!r}") for key in wrong)
+    if wrong:
+        detail = f"expected text for {wrong[0]!r}, found {type(weight_map[wrong[0]]).__name__}; {len(wrong)} such keys"
+        faults.append(Fault(INDEX_FILE, "not a file name", detail))
     return ({} if wrong else weight_map), raw
 
 
@@ -252,9 +254,10 @@ def _not_a_header(start: bytes, length: int, size: int) -> str:
         if start.lstrip().startswith(magic):
             return f"{what}; {advice}"
     if length <= min(MAX_HEADER_BYTES, size - 8):
-        return "not safetensors: its header should begin with '{'"
+        return "not safetensors: the header should begin with '{'"
     if length > MAX_HEADER_BYTES:
-        return f"not safetensors: its header would have {length:,} bytes, the format allows {MAX_HEADER_BYTES:,}"
+        limit = f"the format's limit is {MAX_HEADER_BYTES:,}"
+        return f"truncated or not safetensors: the header claims {length:,} bytes, {limit}; fetch it again"
     return f"truncated: {8 + length:,} bytes expected for the header alone, the file has {size:,}; fetch it again"
 
 

@@ -10,6 +10,7 @@ from moebius.checkpoint.files import INDEX_FILE, SINGLE_FILE
 from moebius.errors import CheckpointError
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, templates; weights come by their names
+NOT_CACHED = "not in the hub's cache, which local_files_only=True does not look beyond"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
 
@@ -21,9 +22,9 @@ def resolve(name_or_path: str | os.PathLike[str], **download: Any) -> Path:
     """
     text = os.fspath(name_or_path)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{text} is a file; expected a folder with config.json and *.safetensors")
     if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise CheckpointError(
@@ -42,11 +43,16 @@ def _download(repo_id: str, options: dict[str, Any]) -> Path:
         huggingface_hub.snapshot_download(repo_id, allow_patterns=_weight_files(folder), **options)
         return folder
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cached_only = options.get("local_files_only") and isinstance(error, LocalEntryNotFoundError)
         raise CheckpointError(
-            f"{repo_id}: no such folder, and not to be had from the hub: {reason}",
+            f"{repo_id}: no such folder, and {NOT_CACHED if cached_only else _unreachable(error)}",
             advice=f"check the name; offline, fetch it first where there is a network: hf download {repo_id}",
         ) from error
+
+
+def _unreachable(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"not to be had from the hub: {first}"
 
 
 def _weight_files(folder: Path) -> list[str]:

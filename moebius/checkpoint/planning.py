@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from moebius.checkpoint import describe
-from moebius.checkpoint.comparing import compare_conversion, compare_double, gathered, ranges
+from moebius.checkpoint.comparing import NAMED_KEYS, compare_conversion, compare_double, gathered, ranges
 from moebius.checkpoint.conversion import Conversion, copied, expand
 from moebius.checkpoint.converter import Match, Rule, WeightConverter, WeightSkip, fits_template, template_of
 from moebius.checkpoint.coverage import uncovered
@@ -21,7 +21,7 @@ from moebius.checkpoint.operations import LayoutError, Part
 from moebius.errors import Fault
 
 Place = tuple[WeightConverter, Match]  # a rule, and where in the model it is applied
-ADVICE = "config.json and the files contradict each other: fetch both again; put back what was edited in config.json"
+ADVICE = "fetch the checkpoint again; if config.json was edited, put back what it said"
 STAGING_BYTES = 1 << 20  # for what cannot be read straight into place; small enough to stay in the cache
 
 
@@ -215,17 +215,28 @@ class _Planner:
 
     def _leftovers(self, known: set[str]) -> None:
         places = {key: place for place, keys in self.found.items() for key in keys}
-        left = (key for key in self.stored if key not in self.claims and key not in known)
-        self.faults.extend(self._leftover(key, places.get(key)) for key in left)
+        extras: dict[tuple[Place, str], list[str]] = defaultdict(list)
+        for key in (key for key in self.stored if key not in self.claims and key not in known):
+            place = places.get(key)
+            if place and self._list_length(place):
+                extras[place, place[0].list_name(key)].append(key)
+            else:
+                detail = f"in {self.files.tensors[key].file}; no parameter of the model takes it"
+                self.faults.append(Fault(key, "unexpected", detail))
+        for (place, name), keys in extras.items():
+            self.faults.extend(self._extra(place, name, keys))
 
-    def _leftover(self, key: str, place: Place | None) -> Fault:
-        file = self.files.tensors[key].file
-        siblings = self.found[place] if place else []
-        taken = next((self.claims[sibling] for sibling in siblings if sibling in self.claims), None)
-        if place is None or taken is None or place[0].merged < 1:
-            return Fault(key, "unexpected", f"in {file}; no parameter of the model takes it")
-        ids = ranges(place[0].list_index(sibling) for sibling in siblings)
-        return Fault(key, "extra index", f"in {file}; ids found: {ids}; the model holds 0-{len(taken.sources[0]) - 1}")
+    def _list_length(self, place: Place) -> int:
+        """How many items the model's list at this place has; 0 if it has none there."""
+        taken = next((self.claims[key] for key in self.found[place] if key in self.claims), None)
+        return len(taken.sources[0]) if taken and place[0].merged > 0 else 0
+
+    def _extra(self, place: Place, name: str, keys: Sequence[str]) -> list[Fault]:
+        ids = ranges(place[0].list_index(key) for key in self.found[place])
+        detail = f"ids found: {ids}; the model holds 0-{self._list_length(place) - 1}"
+        if len(keys) > NAMED_KEYS:
+            return [Fault(name, "extra index", detail)]
+        return [Fault(key, "extra index", f"in {self.files.tensors[key].file}; {detail}") for key in keys]
 
     # --- the result ---
 

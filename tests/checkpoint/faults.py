@@ -8,16 +8,33 @@ E experts, H hidden, I expert width.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tests.checkpoint.editing import (
+    INDEX,
+    Stored,
+    edit_config,
+    first_shard,
+    flip_bit,
+    join,
+    pack,
+    remove,
+    rename,
+    set_num_experts,
+    shard_of,
+    split,
+    store,
+    unpack,
+    values_of,
+    weight_map,
+    write_weight_map,
+)
 from tests.families import make_oracle, save_oracle
 
-INDEX = "model.safetensors.index.json"
 EXPERTS = "model.layers.0.mlp.experts"
 DOWN = f"{EXPERTS}.2.down_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -35,109 +52,10 @@ class NamedFault:
     damage: Callable[[Path], Names]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as a shard holds it.  dtype: the format's code."""
-
-    dtype: str
-    shape: list[int]
-    data: bytes
-
-
 def make_clean(folder: Path) -> Path:
     """The undamaged checkpoint: float32, E = 4, two layers, four shards and an index, as transformers writes it."""
     oracle = make_oracle("qwen3_moe", num_experts=NUM_EXPERTS, num_experts_per_tok=2)
     return save_oracle(oracle, folder, max_shard_size="150KB")
-
-
-# --- tools: index, shards, config --------------------------------------------------------------------------------
-
-
-def weight_map(folder: Path) -> dict[str, str]:
-    return json.loads((folder / INDEX).read_text())["weight_map"]
-
-
-def write_weight_map(folder: Path, entries: Mapping[str, str]) -> None:
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": entries}))
-
-
-def shard_of(folder: Path, key: str) -> Path:
-    return folder / weight_map(folder)[key]
-
-
-def first_shard(folder: Path) -> Path:
-    return folder / min(weight_map(folder).values())
-
-
-def split(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A shard's header and its data."""
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
-def join(path: Path, header: str, data: bytes) -> None:
-    text = header.encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def unpack(path: Path) -> dict[str, Stored]:
-    header, data = split(path)
-    header.pop("__metadata__")
-    spans = {name: slice(*entry["data_offsets"]) for name, entry in header.items()}
-    return {name: Stored(entry["dtype"], entry["shape"], data[spans[name]]) for name, entry in header.items()}
-
-
-def pack(path: Path, tensors: Mapping[str, Stored]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
-    for name, tensor in tensors.items():
-        extent = [len(data), len(data) + len(tensor.data)]
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": extent}
-        data += tensor.data
-    join(path, json.dumps(header), data)
-
-
-def store(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Adds or replaces tensors in a shard, and in the index beside it."""
-    pack(path, unpack(path) | tensors)
-    write_weight_map(path.parent, weight_map(path.parent) | dict.fromkeys(tensors, path.name))
-
-
-def remove(folder: Path, *keys: str) -> None:
-    """Takes tensors out of shards and index."""
-    for name in {weight_map(folder)[key] for key in keys}:
-        pack(folder / name, {key: kept for key, kept in unpack(folder / name).items() if key not in keys})
-    write_weight_map(folder, {key: name for key, name in weight_map(folder).items() if key not in keys})
-
-
-def rename(folder: Path, old: str, new: str) -> None:
-    """Gives a tensor another key, in its shard and in the index."""
-    path = shard_of(folder, old)
-    tensor = unpack(path)[old]
-    remove(folder, old)
-    store(path, {new: tensor})
-
-
-def set_num_experts(folder: Path, number: int) -> None:
-    """In both spellings, since transformers writes both."""
-    edit_config(folder, num_experts=number, num_local_experts=number)
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def flip_bit(path: Path, offset: int, bit: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[offset] ^= 1 << bit
-    path.write_bytes(raw)
-
-
-def values_of(tensor: Stored) -> np.ndarray:
-    return np.frombuffer(tensor.data, np.float32)
 
 
 # --- 1-9: a shard's bytes ----------------------------------------------------------------------------------------
@@ -332,7 +250,7 @@ def one_layer_less(folder: Path) -> Names:
 
 def more_experts(folder: Path) -> Names:
     set_num_experts(folder, 2 * NUM_EXPERTS)
-    return (f"{EXPERTS}.{NUM_EXPERTS}.down_proj.weight",)
+    return (f"{EXPERTS}.*.down_proj.weight",)
 
 
 def fewer_experts(folder: Path) -> Names:
@@ -393,11 +311,18 @@ def gap(folder: Path) -> Names:
     return _shift_tail(folder, 16)
 
 
-def gap_in_experts(folder: Path) -> Names:
-    last = f"{EXPERTS}.{NUM_EXPERTS - 1}."
-    for key in [key for key in weight_map(folder) if key.startswith(last)]:
-        rename(folder, key, key.replace(last, f"{EXPERTS}.{NUM_EXPERTS}."))
-    return f"{EXPERTS}.{NUM_EXPERTS - 1}.down_proj.weight", f"{EXPERTS}.{NUM_EXPERTS}.down_proj.weight"
+def _renumber_expert(folder: Path, old: int, new: int) -> Names:
+    for key in [key for key in weight_map(folder) if key.startswith(f"{EXPERTS}.{old}.")]:
+        rename(folder, key, key.replace(f"experts.{old}.", f"experts.{new}."))
+    return f"{EXPERTS}.{old}", f"{EXPERTS}.{new}.down_proj.weight"
+
+
+def gap_at_the_end(folder: Path) -> Names:
+    return _renumber_expert(folder, NUM_EXPERTS - 1, NUM_EXPERTS)
+
+
+def gap_in_the_middle(folder: Path) -> Names:
+    return _renumber_expert(folder, 1, NUM_EXPERTS)
 
 
 def no_down_proj(folder: Path) -> Names:
@@ -406,12 +331,12 @@ def no_down_proj(folder: Path) -> Names:
 
 
 def mixed_layouts(folder: Path) -> Names:
-    """Gate and up of the first layer a second time, fused."""
+    """Gate and up of the first layer a second time, fused, with other values."""
     parts = [f"{EXPERTS}.{expert}.{name}_proj.weight" for expert in range(NUM_EXPERTS) for name in ("gate", "up")]
     stored = [unpack(shard_of(folder, key))[key] for key in parts]
     width, hidden_size = stored[0].shape
     path, fused = shard_of(folder, parts[0]), f"{EXPERTS}.gate_up_proj"
-    data = b"".join(tensor.data for tensor in stored)
+    data = bytes(sum(len(tensor.data) for tensor in stored))
     store(path, {fused: Stored("F32", [NUM_EXPERTS, 2 * width, hidden_size], data)})
     return fused, parts[0]
 
@@ -424,7 +349,10 @@ def only_pickle(folder: Path) -> Names:
     }
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
-    weights = {key: torch.frombuffer(bytearray(stored.data), dtype=torch.float32).view(stored.shape) for key, stored in tensors.items()}
+    weights = {
+        key: torch.frombuffer(bytearray(stored.data), dtype=torch.float32).view(stored.shape)
+        for key, stored in tensors.items()
+    }
     torch.save(weights, folder / "pytorch_model.bin")
     return ("pytorch_model.bin",)
 
@@ -465,7 +393,8 @@ FAULTS = (
     NamedFault("32", "one key in two shards", key_in_two_shards),
     NamedFault("33a", "two tensors' bytes overlap", overlap),
     NamedFault("33b", "two tensors' bytes leave a gap", gap),
-    NamedFault("34", "expert indices with a gap (0, 1, 2, 4)", gap_in_experts),
+    NamedFault("34a", "expert indices with a gap (0, 1, 2, 4)", gap_at_the_end),
+    NamedFault("34b", "expert indices with a gap (0, 2, 3, 4)", gap_in_the_middle),
     NamedFault("35", "all `down_proj` missing", no_down_proj),
     NamedFault("36", "per-expert and fused layouts in one layer", mixed_layouts),
     NamedFault("37", "only a pickled `pytorch_model.bin`", only_pickle),

