@@ -1,5 +1,6 @@
-"""The torch form of each activation in config.py.  I intermediate."""
+"""The torch form of each activation in config.py, and its derivative.  S rows, I intermediate."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,3 +12,13 @@ def gated_activation(activation: Activation, gate: Tensor, up: Tensor) -> Tensor
     match activation:
         case SwiGLU():
             return F.silu(gate) * up
+
+
+def gated_activation_gradient(activation: Activation, gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """gate_up [S, 2I], gate first, and the gradient [S, I] of the activation -> the activation, the gradient [S, 2I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    match activation:
+        case SwiGLU():
+            activated = F.silu(gate)
+            gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
+            return activated * up, torch.cat((gate_grad, grad * activated), dim=-1)

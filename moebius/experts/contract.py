@@ -51,4 +51,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def weighted_sum(rows: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Each token's K rows [T, K, H] times its weights [T, K], added in float32 and rounded once to `dtype`: [T, H]."""
     wide = accumulation_dtype(dtype)
-    return (rows.to(wide) * top_k_weights.to(wide).unsqueeze(-1)).sum(dim=1).to(dtype)
+    weights = top_k_weights.to(wide).unsqueeze(-1)
+    if rows.device.type != "cpu" or rows.requires_grad:
+        return (rows.to(wide) * weights).sum(dim=1).to(dtype)
+    # a sum over so short an axis is slow on a CPU: three times the time of adding slot by slot
+    total = rows[:, 0].to(wide) * weights[:, 0]
+    for slot in range(1, rows.shape[1]):
+        total.addcmul_(rows[:, slot].to(wide), weights[:, slot])
+    return total.to(dtype)

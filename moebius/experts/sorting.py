@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebius.experts.contract import ExpertWeights, accumulation_dtype, owned_slots
+from moebius.experts.contract import ExpertWeights, owned_slots
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,18 @@ class ExpertOrder:
     offsets: Tensor
     top_k: int
 
+    def spread(self, tokens: Tensor) -> Tensor:
+        """[T, H] -> [S, H]: each token's row at the sorted places of its slots."""
+        return tokens.index_select(0, self.order // self.top_k)
+
+    def sorted_slots(self, slots: Tensor) -> Tensor:
+        """[T, K] -> [S]: the slots' numbers at their sorted places."""
+        return slots.flatten().index_select(0, self.order)
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """[S, ...] at sorted places -> [T, K, ...]."""
+        return rows.index_select(0, self.inverse).unflatten(0, (-1, self.top_k))
+
 
 def sort_by_expert(experts: ExpertWeights, top_k_index: Tensor) -> ExpertOrder:
     """top_k_index [T, K] int64 -> ExpertOrder."""
@@ -33,43 +45,3 @@ def sort_by_expert(experts: ExpertWeights, top_k_index: Tensor) -> ExpertOrder:
     offsets = torch.searchsorted(sorted_ids, ends, out_int32=True)
     places = torch.arange(order.numel(), device=order.device)
     return ExpertOrder(order, torch.empty_like(order).scatter_(0, order, places), offsets, top_k_index.shape[1])
-
-
-class _GatherRows(torch.autograd.Function):
-    """hidden_states [T, H] -> [S, H] sorted; the gradient adds each token's K rows in float32, in slot order."""
-
-    @staticmethod
-    def forward(ctx, hidden_states: Tensor, expert_order: ExpertOrder) -> Tensor:
-        ctx.expert_order = expert_order
-        return hidden_states.index_select(0, expert_order.order // expert_order.top_k)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (grad,) = grads
-        slots = grad.index_select(0, ctx.expert_order.inverse).unflatten(0, (-1, ctx.expert_order.top_k))
-        return slots.sum(dim=1, dtype=accumulation_dtype(grad.dtype)).to(grad.dtype), None
-
-
-class _PermuteRows(torch.autograd.Function):
-    """rows [S, H] in the experts' order -> [S, H] in the slots' order."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, expert_order: ExpertOrder) -> Tensor:
-        ctx.expert_order = expert_order
-        return rows.index_select(0, expert_order.inverse)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (grad,) = grads
-        return grad.index_select(0, ctx.expert_order.order), None
-
-
-def rows_by_expert(hidden_states: Tensor, expert_order: ExpertOrder) -> Tensor:
-    """hidden_states [T, H] -> [S, H], a row for each slot, in the experts' order."""
-    return _GatherRows.apply(hidden_states, expert_order)  # pyright: ignore[reportReturnType]
-
-
-def rows_by_token(rows: Tensor, expert_order: ExpertOrder) -> Tensor:
-    """rows [S, H] in the experts' order -> [T, K, H]."""
-    permuted = _PermuteRows.apply(rows, expert_order)
-    return permuted.unflatten(0, (-1, expert_order.top_k))  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,62 @@
+"""Matrix products over rows that are sorted by expert: one product an expert, written into one result.
+
+E experts, S rows, `offsets` [E] int32: where each expert's rows end; rows past the last offset belong to no expert and
+come out as zero.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class GroupedProducts:
+    """The three products of a linear layer, forward and backward, for one order of rows."""
+
+    def __init__(self, offsets: Tensor):
+        self.offsets = offsets
+        # the CPU has no grouped kernel: F.grouped_mm is a loop there too, one that wants 16-byte strides
+        self._segments = _segments(offsets.tolist()) if offsets.device.type == "cpu" else None
+
+    def times_transposed(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """rows [S, in] times weight [E, out, in], transposed: [S, out]."""
+        return self._times(rows, weight.transpose(1, 2))
+
+    def times(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """rows [S, out] times weight [E, out, in]: [S, in]."""
+        return self._times(rows, weight)
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """left [S, out], transposed, times right [S, in], an expert's rows with each other: [E, out, in]."""
+        if self._segments is None:
+            return F.grouped_mm(left.t(), right, offs=self.offsets)
+        result = left.new_empty(len(self.offsets), left.shape[1], right.shape[1])
+        for expert, (start, end) in enumerate(self._segments):
+            torch.mm(left[start:end].t(), right[start:end], out=result[expert])
+        return result
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """rows [S, ...] with zeros where no expert owns them."""
+        places = torch.arange(len(rows), device=rows.device)
+        return rows.where((places < self.offsets[-1]).unsqueeze(-1), 0)
+
+    def experts_of_rows(self, rows: int) -> Tensor:
+        """[S] int64: the expert of each row, E for rows that belong to none."""
+        places = torch.arange(rows, device=self.offsets.device, dtype=self.offsets.dtype)
+        return torch.searchsorted(self.offsets, places, right=True)
+
+    def _times(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """rows [S, a] times matrices [E, a, b]: [S, b]."""
+        if self._segments is None:
+            # grouped_mm neither skips foreign rows nor writes their results
+            return self.own_rows(F.grouped_mm(self.own_rows(rows), matrices, offs=self.offsets))
+        result = rows.new_empty(len(rows), matrices.shape[2])
+        for expert, (start, end) in enumerate(self._segments):
+            if end > start:
+                torch.mm(rows[start:end], matrices[expert], out=result[start:end])
+        result[self._segments[-1][1] :] = 0
+        return result
+
+
+def _segments(offsets: list[int]) -> list[tuple[int, int]]:
+    """(start, end) of each expert's rows."""
+    return list(zip([0, *offsets], offsets, strict=False))

@@ -1,0 +1,113 @@
+"""inspect and plan: all from headers, figures that can be checked by hand, faults refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moebius.cli.inspect import count
+from moebius.errors import CapacityError
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 32, 16, 4, 2, 512
+ATTENTION = 2 * HIDDEN * 32 + 2 * HIDDEN * 16 + 2 * 8  # q and o, k and v, and their norms
+ROUTED = 2 * EXPERTS * 3 * HIDDEN * INTERMEDIATE
+REST = 2 * (ATTENTION + EXPERTS * HIDDEN + 2 * HIDDEN) + HIDDEN + 2 * VOCABULARY * HIDDEN
+ACTIVE = REST + ROUTED * TOP_K // EXPERTS
+
+
+def test_inspect_counts_parameters_bytes_and_cache(moebius, model):
+    report = json.loads(moebius("inspect", model, "--json", "--ctx", 100, "--batch", 3).out)
+    assert report["parameters"] == {"experts": ROUTED, "rest": REST, "total": ROUTED + REST, "active": ACTIVE}
+    assert report["bytes"]["total"] == 4 * (ROUTED + REST)
+    assert report["bytes_read_per_token"] == 4 * (ACTIVE - VOCABULARY * HIDDEN + HIDDEN)
+    assert report["kv_cache"] == {"bytes_per_token": 2 * 2 * 2 * 8 * 4, "context": 100, "batch": 3, "bytes": 76800}
+    assert (report["layers"], report["experts"], report["experts_per_token"]) == (2, 4, 2)
+    assert report["layout"] == "per-expert layout"
+
+
+def test_inspect_says_it_in_five_lines(moebius, model):
+    lines = moebius("inspect", model).out.splitlines()
+    assert lines[0] == (
+        f"{model}  qwen3_moe, 2 layers, 4 experts, 2 a token; 45 tensors in 1 file, per-expert layout, complete"
+    )
+    assert [line.split()[0] for line in lines[1:]] == ["experts", "rest", "total", "active"]
+
+
+def test_a_dtype_changes_bytes_and_not_parameters(moebius, model):
+    whole, half = (
+        json.loads(moebius("inspect", model, "--json", "--dtype", name).out) for name in ("float32", "bfloat16")
+    )
+    assert half["parameters"] == whole["parameters"]
+    assert 2 * half["bytes"]["total"] == whole["bytes"]["total"]
+    assert half["dtype"] == "bfloat16"
+
+
+def test_keys_lists_every_stored_tensor(moebius, model):
+    stored = load_file(Path(model) / "model.safetensors")
+    report = json.loads(moebius("inspect", model, "--keys", "--json").out)
+    assert {row["name"]: row["shape"] for row in report["tensors"]} == {
+        name: list(tensor.shape) for name, tensor in stored.items()
+    }
+    lines = moebius("inspect", model, "--keys").out.splitlines()
+    assert "  model.layers.1.mlp.experts.3.up_proj.weight  float32 [16, 32]  model.safetensors" in lines
+
+
+def copy_with(model: str, folder: Path, **changes: torch.Tensor | None) -> Path:
+    """The model's files in `folder`, tensors replaced, or left out where None; `__` in a name stands for a dot."""
+    folder.mkdir()
+    tensors = load_file(Path(model) / "model.safetensors")
+    for name, tensor in changes.items():
+        key = name.replace("__", ".")
+        del tensors[key]
+        if tensor is not None:
+            tensors[key] = tensor
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_missing_expert_is_refused_by_name(moebius, model, tmp_path, command):
+    key = "model.layers.1.mlp.experts.2.up_proj.weight"
+    ended = moebius(command, copy_with(model, tmp_path / "m", **{key.replace(".", "__"): None}))
+    assert ended.code == 3
+    assert key in ended.err
+    assert ended.out == ""
+
+
+def test_check_tensors_reads_weights_and_refuses_nan(moebius, model, tmp_path):
+    broken = copy_with(model, tmp_path / "m", model__norm__weight=torch.full((HIDDEN,), float("nan")))
+    assert moebius("inspect", broken).code == 0
+    ended = moebius("inspect", broken, "--check-tensors")
+    assert ended.code == 3
+    assert "model.norm.weight" in ended.err
+    assert "45 tensors were read: no NaN" in moebius("inspect", model, "--check-tensors").out
+
+
+def test_plan_prints_the_plan_and_that_it_fits(moebius, model):
+    ended = moebius("plan", model, "--device", "cpu")
+    assert ended.code == 0
+    assert "mlp.experts.*.{gate_proj,up_proj}.weight -> mlp.experts.gate_up_proj" in ended.out
+    assert ended.out.endswith("fits on cpu\n")
+    report = json.loads(moebius("plan", model, "--json", "--device", "cpu").out)
+    assert (report["device"], report["fits"], report["skipped"]) == ("cpu", True, [])
+
+
+def test_a_plan_that_does_not_fit_is_printed_and_ends_with_4(moebius, model, monkeypatch):
+    def no_room(plan, device):
+        raise CapacityError("needs more than there is")
+
+    monkeypatch.setattr("moebius.checkpoint.loading.check_room", no_room)
+    ended = moebius("plan", model, "--device", "cpu")
+    assert ended.code == 4
+    assert ended.out.endswith("does not fit on cpu\n")
+    assert "needs more than there is" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"), [(28_991_029_248, "28.99 B"), (806_976, "806.98 k"), (1_500_000, "1.50 M"), (7, "7")]
+)
+def test_counts_are_written_as_the_field_does(parameters, text):
+    assert count(parameters) == text
