@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moebius.experts.activations import gated_activation, gated_activation_gradient
 from moebius.experts.contract import ExpertWeights, accumulation_dtype, owned_slots, weighted_sum
@@ -83,7 +84,7 @@ class _GroupedExperts(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, gate_up, weights, gate_up_proj, down_proj, down_bias = ctx.saved_tensors
         products, order = ctx.products, ctx.order

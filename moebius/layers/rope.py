@@ -38,10 +38,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    rotary_dim = cos.shape[-1]
+    rotary_dim, half = cos.shape[-1], cos.shape[-1] // 2
     turning, rest = states[..., :rotary_dim], states[..., rotary_dim:]
-    # rolling by half the width brings each channel its partner
-    turned = (turning * cos).addcmul_(turning.roll(rotary_dim // 2, dims=-1), sin)
+    turned = turning * cos
+    turned[..., :half].addcmul_(turning[..., half:], sin[..., :half])
+    turned[..., half:].addcmul_(turning[..., :half], sin[..., half:])
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
