@@ -15,7 +15,7 @@ def gated_activation(activation: Activation, gate: Tensor, up: Tensor) -> Tensor
 
 
 def gated_activation_gradient(activation: Activation, gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """gate_up [S, 2I], gate first, and the activation's gradient [S, I] -> the activation [S, I], the gradient [S, 2I]."""
+    """gate_up [S, 2I], gate first, the activation's gradient [S, I] -> the activation [S, I], the gradient [S, 2I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     match activation:
         case SwiGLU():

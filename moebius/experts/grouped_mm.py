@@ -85,7 +85,7 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, gate_up, weights, gate_up_proj, down_proj, down_bias = ctx.saved_tensors
         products, order = ctx.products, ctx.order
         needs_states, _, needs_gate_up, needs_down, needs_gate_up_bias, needs_down_bias, *_ = ctx.needs_input_grad

@@ -38,16 +38,10 @@ class Router(nn.Module):
 
 
 def _softmax_top_k(routing: SoftmaxTopK, router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    weights, index = softmax_over_experts(router_logits).topk(top_k, dim=-1)
+    weights, index = router_logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
     if routing.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return (weights if routing.float32_weights else weights.to(router_logits.dtype)), index
-
-
-def softmax_over_experts(router_logits: Tensor) -> Tensor:
-    """[..., E] -> probabilities [..., E], float32."""
-    # along the first axis: on a CPU torch's kernel for the last one takes seven times as long where E is small
-    return router_logits.movedim(-1, 0).softmax(dim=0, dtype=torch.float32).movedim(0, -1)
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, token_mask: Tensor | None = None) -> Tensor:
