@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from moebius.auto import AutoModelForCausalLM, CausalLM, open_checkpoint
+    from moebius.auto_tokenizer import AutoTokenizer
     from moebius.checkpoint.converter import WeightConverter, WeightRenaming, WeightSkip
     from moebius.checkpoint.operations import (
         Chunk,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     )
     from moebius.experts.interface import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
     from moebius.generation import GenerationConfig, TextIteratorStreamer, TextStreamer
-    from moebius.tokenizer import AutoTokenizer
 
 _HOMES = {
     "moebius.auto": ("AutoModelForCausalLM", "CausalLM", "open_checkpoint"),
@@ -59,7 +59,7 @@ _HOMES = {
     ),
     "moebius.experts.interface": ("ALL_EXPERTS_FUNCTIONS", "use_experts_implementation"),
     "moebius.generation": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
-    "moebius.tokenizer": ("AutoTokenizer",),
+    "moebius.auto_tokenizer": ("AutoTokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

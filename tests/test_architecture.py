@@ -20,7 +20,7 @@ LEVELS = (
     {"config"},
 )
 OPEN_TO_ALL = {"errors", "tokenizer"}
-FRONT = {"arguments": "auto", "model_folder": "auto"}  # parts of the front door, at its level
+FRONT = {"arguments": "auto", "model_folder": "auto", "auto_tokenizer": "auto"}  # parts of the front door, at its level
 EXCEPTIONS = {"integrations": {"experts", "quantization", "config"}, "tokenizer": set(), "errors": set()}
 TORCH_FREE = {
     "config.py",

@@ -14,10 +14,13 @@ NOT_CACHED = "not in the hub's cache, which local_files_only=True does not look 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
 
-def resolve(name_or_path: str | os.PathLike[str], **download: Any) -> Path:
+OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # as huggingface_hub takes them
+
+
+def resolve(name_or_path: str | os.PathLike[str], *, weights: bool = True, **download: Any) -> Path:
     """The local folder of a checkpoint; from the hub, only the files that its index names are fetched.
 
-    download: revision, token, cache_dir, local_files_only, force_download, as huggingface_hub takes them.
+    weights: fetch them too, not the small files alone.  download: any of OPTIONS.
     Raises CheckpointError if there is no such folder, no such id, or no way to reach it.
     """
     text = os.fspath(name_or_path)
@@ -30,17 +33,18 @@ def resolve(name_or_path: str | os.PathLike[str], **download: Any) -> Path:
         raise CheckpointError(
             f"{text}: no such folder", advice="give a folder with config.json and *.safetensors, or a hub id"
         )
-    return _download(text, download)
+    return _download(text, weights, download)
 
 
-def _download(repo_id: str, options: dict[str, Any]) -> Path:
+def _download(repo_id: str, weights: bool, options: dict[str, Any]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(SMALL_FILES), **options))
-        options = options | {"revision": folder.name}  # the commit, so that all files are of one revision
-        huggingface_hub.snapshot_download(repo_id, allow_patterns=_weight_files(folder), **options)
+        if weights:
+            options = options | {"revision": folder.name}  # the commit, so that all files are of one revision
+            huggingface_hub.snapshot_download(repo_id, allow_patterns=_weight_files(folder), **options)
         return folder
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         cached_only = options.get("local_files_only") and isinstance(error, LocalEntryNotFoundError)
