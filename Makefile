@@ -26,6 +26,7 @@ test-slow: $(VENV)/.test
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || \
 	  { echo "error: $(PYTHON) is not a Python >= 3.11 with ensurepip; say PYTHON=python3.12 (Debian: apt-get install python3-venv)"; exit 2; }
+	@echo "first time: PyTorch and Moebius go into $(VENV); some minutes, a gigabyte or more"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@touch $@

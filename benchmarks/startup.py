@@ -1,6 +1,6 @@
 """How long a command takes to start: minimum of 9 processes each, Moebius and transformers in turns.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 import subprocess

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from moebius.checkpoint import hub
 from moebius.checkpoint.comparing import FLOATS
 from moebius.errors import ArgumentError, Fault
+from moebius.generation.config import GenerationConfig
 
-DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+ASKS_FOR_NOTHING = (None, False, "")
 
 TRUE_ANYWAY: Mapping[str, tuple[Any, ...]] = {
     "low_cpu_mem_usage": (True, False, None),
@@ -40,6 +42,7 @@ REFUSED: Mapping[str, str] = {
     "load_in_4bit": "quantization is not in this version",
     "config": "a checkpoint is opened by its own config.json; edit that",
     "state_dict": "weights come from the checkpoint's files; use load_state_dict on the model",
+    "key_mapping": "say it with weight_conversions=[WeightRenaming(...)]",
     "subfolder": "give the path of the folder itself",
     "variant": "only model.safetensors and its index are opened",
     "from_tf": "only safetensors are opened",
@@ -63,15 +66,16 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     faults = [fault for name, value in options.items() if (fault := _fault(name, value))]
     if faults:
         raise ArgumentError("from_pretrained: arguments refused", faults=faults)
-    return {name: value for name, value in options.items() if name in DOWNLOAD}
+    return {name: value for name, value in options.items() if name in hub.OPTIONS}
 
 
 def _fault(name: str, value: Any) -> Fault | None:
-    if name in DOWNLOAD or name == "torch_dtype" or (name in TRUE_ANYWAY and value in TRUE_ANYWAY[name]):
+    if name in hub.OPTIONS or name == "torch_dtype":
         return None
-    if name in REFUSED:
-        return Fault(f"{name}={value!r}", "not supported", REFUSED[name])
-    known = [*HONOURED, *DOWNLOAD, *TRUE_ANYWAY]
+    if name in REFUSED or name in TRUE_ANYWAY:
+        fits = value in TRUE_ANYWAY.get(name, ASKS_FOR_NOTHING)
+        return None if fits else Fault(f"{name}={value!r}", "not supported", REFUSED.get(name, "leave it out"))
+    known = [*HONOURED, *hub.OPTIONS, *TRUE_ANYWAY]
     near = difflib.get_close_matches(name, known, n=1)
     return Fault(name, "unknown argument", f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
 
@@ -92,6 +96,17 @@ def dtype_name_of(dtype: str | torch.dtype | None) -> str | None:
     if name not in FLOATS:
         raise ArgumentError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(FLOATS)}")
     return name
+
+
+def generation_config_of(given: object) -> GenerationConfig:
+    """`given`, or nothing set for None.  ArgumentError: another library's."""
+    if given is None or isinstance(given, GenerationConfig):
+        return given or GenerationConfig()
+    found = f"{type(given).__module__}.{type(given).__name__}"
+    raise ArgumentError(
+        f"generation_config: expected a moebius.GenerationConfig, found {found}",
+        advice="moebius.GenerationConfig.from_hf(config.to_diff_dict()) makes one of transformers'",
+    )
 
 
 def device_of(device_map: Any) -> torch.device:

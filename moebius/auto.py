@@ -37,6 +37,7 @@ class OpenedCheckpoint:
     dtype: str
     files: CheckpointFiles
     plan: Plan
+    weight_conversions: tuple[Rule, ...] = ()
 
 
 class CausalLM(Decoder):
@@ -85,8 +86,8 @@ class CausalLM(Decoder):
         they and `generation_config` leave open comes from the checkpoint's generation_config.json.
         Raises ArgumentError for an option that is unknown or not supported.
         """
-        given = generation_config or GenerationConfig()
-        return generate(self, input_ids, generation_config=given.over(self.generation_config), **options)
+        given = arguments.generation_config_of(generation_config).over(self.generation_config)
+        return generate(self, input_ids, generation_config=given, **options)
 
     def save_pretrained(
         self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", progress: Progress | None = None
@@ -101,6 +102,8 @@ class CausalLM(Decoder):
             self.family.rules(self.config), _targets(self), arguments.byte_count(max_shard_size)
         )
         checkpoint.save(plan, tensors, path, extra_files=self._described(), progress=progress)
+        if self.source and self.source.folder.resolve() == hub.local_path(path).resolve():
+            self.source = _reopened(self.source, self.dtype)
 
     def _described(self) -> dict[str, bytes]:
         raw = self.source.raw_config if self.source else self.family.to_hf(self.config)
@@ -194,7 +197,12 @@ def open_checkpoint(
     config = replace(config, dtype=wanted or config.dtype or _stored_dtype(files))
     targets = _targets(_build(config, family, "auto"))
     plan = checkpoint.plan(files, family.rules(config), targets, overrides=weight_conversions)
-    return OpenedCheckpoint(folder, raw, family, config, str(config.dtype), files, plan)
+    return OpenedCheckpoint(folder, raw, family, config, str(config.dtype), files, plan, tuple(weight_conversions))
+
+
+def _reopened(opened: OpenedCheckpoint, dtype: torch.dtype) -> OpenedCheckpoint:
+    """The same folder after its files were written anew, for the next save."""
+    return open_checkpoint(opened.folder, dtype=dtype, weight_conversions=opened.weight_conversions)
 
 
 def _stored_dtype(files: CheckpointFiles) -> str:

@@ -7,13 +7,19 @@ from typing import Any
 
 from moebius.checkpoint.files import parse_json, reason
 from moebius.errors import ConfigError
-from moebius.generation.config import GENERATION_FILE, GenerationConfig
+from moebius.generation.config import FIELDS, GENERATION_FILE, GenerationConfig
 
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"  # peft's; transformers would load what it names instead of the folder's weights
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """The content of config.json.  Raises ConfigError if it is missing, or not one JSON object."""
+    """The content of config.json.  Raises ConfigError if it is missing, not one JSON object, or beside an adapter."""
+    if (folder / ADAPTER_FILE).exists():
+        raise ConfigError(
+            f"{folder / ADAPTER_FILE}: the folder holds an adapter, and adapters are not opened in this version",
+            advice="merge it into its base model with peft (merge_and_unload), or take the base model's own folder",
+        )
     path = folder / CONFIG_FILE
     try:
         raw = parse_json(path.read_bytes())
@@ -33,10 +39,12 @@ def described(
 
     source: the folder the model came from, whose generation_config.json may say more than a GenerationConfig holds.
     """
-    spelled = "torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"
-    files = {CONFIG_FILE: {**raw, spelled: dtype}}
-    if settings := {**_read_object(source, GENERATION_FILE), **generation.to_hf()}:
-        files[GENERATION_FILE] = settings
+    spellings = [name for name in ("torch_dtype", "dtype") if name in raw] or ["dtype"]
+    besides = {name: value for name, value in _read_object(source, GENERATION_FILE).items() if name not in FIELDS}
+    files = {
+        CONFIG_FILE: {**raw, **dict.fromkeys(spellings, dtype)},
+        GENERATION_FILE: {**besides, **generation.to_hf()},  # also if empty: an older one in its place would be obeyed
+    }
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
 
 

@@ -1,7 +1,7 @@
-"""The front door: transformers' checkpoints open with its logits, and what we save opens there."""
+"""The front door: transformers' checkpoints open with its logits, and its arguments are honoured or refused."""
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -19,41 +19,10 @@ from moebius import (
     open_checkpoint,
 )
 from moebius.config import DecoderConfig
-from tests.families import MOE_FAMILIES, TINY, make_oracle, save_oracle, tiny_config
+from tests.families import MOE_FAMILIES, TINY, make_oracle, tiny_config
+from tests.model_folders import REMOVED, ids_for, logits, rewrite, tensors_of
 
 BACKENDS = ("eager", "batched_mm", "grouped_mm", "auto")
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """family -> (oracle, its folder in the hub's layout, three shards or more)."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            oracle = make_oracle(family)
-            folder = tmp_path_factory.mktemp("hub") / family
-            made[family] = oracle, save_oracle(oracle, folder, max_shard_size="100kB")
-        return made[family]
-
-    return get
-
-
-def ids_for(model, batch=2, tokens=24) -> torch.Tensor:
-    return torch.randint(3, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(5))
-
-
-@torch.no_grad()
-def logits(model, ids) -> torch.Tensor:
-    return model(ids).logits
-
-
-def tensors_of(folder: Path) -> dict[str, bytes]:
-    """Each tensor's bytes, through the safetensors library."""
-    from safetensors.torch import load_file
-
-    parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    return {key: tensor.numpy().tobytes() for part in parts for key, tensor in part.items()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,43 +42,6 @@ def test_greedy_tokens_from_a_checkpoint_equal_transformers(checkpoints, family)
     ids[0, :7], mask[0, :7] = 0, 0
     options = {"attention_mask": mask, "max_new_tokens": 64, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), oracle.generate(ids, **options))
-
-
-@pytest.mark.parametrize("family", TINY)
-def test_load_then_save_is_byte_identical(checkpoints, family, tmp_path):
-    _, folder = checkpoints(family)
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "copy")
-    weights = sorted(path.name for path in folder.iterdir() if "safetensors" in path.name)
-    assert len(weights) > 3
-    assert all((tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes() for name in weights)
-
-
-@pytest.mark.parametrize("made_from", ["files", "nothing"])
-@pytest.mark.parametrize("family", TINY)
-def test_what_is_saved_opens_in_transformers(checkpoints, family, made_from, tmp_path):
-    oracle, folder = checkpoints(family)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    if made_from == "nothing":
-        fresh = AutoModelForCausalLM.from_config(model.config)
-        fresh.load_state_dict(model.state_dict())
-        model = fresh
-    model.save_pretrained(tmp_path / "saved")
-    reopened, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "saved", output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
-    )
-    assert not any(info.values())
-    ids = ids_for(model)
-    assert torch.equal(logits(reopened, ids), logits(oracle, ids))
-    assert tensors_of(tmp_path / "saved") == tensors_of(folder)
-
-
-def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path):
-    folder = save_oracle(make_oracle("qwen2", tie_word_embeddings=True), tmp_path / "tied")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    model.save_pretrained(tmp_path / "saved")
-    assert "lm_head.weight" not in tensors_of(tmp_path / "saved")
-    assert tensors_of(tmp_path / "saved") == tensors_of(folder)
 
 
 def test_the_fused_runtime_layout_opens_too(checkpoints, tmp_path):
@@ -155,18 +87,6 @@ def test_a_users_converters_open_a_layout_of_their_own(checkpoints, tmp_path):
     torch.testing.assert_close(logits(model, ids), logits(oracle, ids), atol=5e-5, rtol=0)
     model.save_pretrained(tmp_path / "copy")
     assert tensors_of(tmp_path / "copy") == tensors_of(tmp_path)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "torch.bfloat16"])
-def test_a_dtype_casts_every_weight_and_is_saved_with_it(checkpoints, dtype, tmp_path):
-    oracle, folder = checkpoints("mixtral")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    assert model.dtype == torch.bfloat16
-    state = oracle.state_dict()
-    assert all(torch.equal(value, state[name].bfloat16()) for name, value in model.state_dict().items())
-    model.save_pretrained(tmp_path / "half")
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
 def test_auto_is_the_configs_dtype_or_else_the_files(checkpoints, tmp_path):
@@ -228,6 +148,13 @@ def test_backends_are_switched_at_run_time(checkpoints, family):
         torch.testing.assert_close(logits(model, ids), expected, atol=5e-5, rtol=0)
 
 
+def test_a_folder_with_an_adapter_is_refused_rather_than_opened_without_it(checkpoints, tmp_path):
+    copy = shutil.copytree(checkpoints("qwen2")[1], tmp_path / "copy")
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="adapter"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
 # --- arguments ---
 
 
@@ -240,6 +167,8 @@ def test_backends_are_switched_at_run_time(checkpoints, family):
         {"device_map": "cpu"},
         {"device_map": {"": "cpu"}},
         {"device_map": torch.device("cpu")},
+        {"quantization_config": None, "load_in_8bit": False, "load_in_4bit": None, "max_memory": None},
+        {"ignore_mismatched_sizes": False, "subfolder": "", "variant": None, "config": None, "tp_plan": None},
     ],
 )
 def test_transformers_arguments_that_hold_anyway_are_taken(checkpoints, options):
@@ -259,6 +188,8 @@ def test_transformers_arguments_that_hold_anyway_are_taken(checkpoints, options)
         ({"dtype": "int8"}, "expected 'auto' or one of"),
         ({"dtype": "bf16"}, "expected 'auto' or one of"),
         ({"dtype": "float16", "torch_dtype": "bfloat16"}, "contradict"),
+        ({"revision": "v2"}, "a folder has no revisions"),
+        ({"key_mapping": {"a": "b"}}, "weight_conversions"),
         ({"device_map": "gpu"}, "expected 'cpu', 'cuda'"),
         ({"device_map": {"model.embed_tokens": 0}}, "not split over devices"),
         ({"device_map": "cuda:7"}, "torch sees 0 CUDA devices"),
@@ -268,6 +199,12 @@ def test_arguments_that_cannot_be_honoured_are_refused_by_name(checkpoints, opti
     with pytest.raises(ArgumentError) as caught:
         AutoModelForCausalLM.from_pretrained(checkpoints("qwen2")[1], **options)
     assert says in str(caught.value)
+
+
+def test_a_conversion_that_finds_no_key_is_refused(checkpoints):
+    typo = WeightConverter("mlp.experts.*.dwon_proj.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)])
+    with pytest.raises(ArgumentError, match=r"dwon_proj.*no key"):
+        AutoModelForCausalLM.from_pretrained(checkpoints("qwen3_moe")[1], weight_conversions=[typo])
 
 
 def test_an_unknown_backend_is_refused_before_a_weight_is_read(checkpoints, monkeypatch):
@@ -280,13 +217,6 @@ def test_several_wrong_arguments_are_told_at_once(checkpoints):
     with pytest.raises(ArgumentError) as caught:
         AutoModelForCausalLM.from_pretrained(checkpoints("qwen2")[1], gguf_file="x", max_memory={})
     assert len(caught.value.faults) == 2
-
-
-@pytest.mark.parametrize("size", ["5", "GB", "0GB", -1, "1.5GB"])
-def test_a_shard_size_must_be_a_size(size, tmp_path):
-    with pytest.raises(ArgumentError, match="max_shard_size"):
-        AutoModelForCausalLM.from_config(tiny_config("qwen2")).save_pretrained(tmp_path / "x", max_shard_size=size)
-    assert not (tmp_path / "x").exists()
 
 
 def test_a_config_that_says_something_else_is_refused(tmp_path):
@@ -302,3 +232,33 @@ def test_a_generation_config_of_ones_own_keeps_the_checkpoints_special_ids(check
     model.generation_config = GenerationConfig(eos_token_id=first, pad_token_id=0)
     given = GenerationConfig(max_new_tokens=8, do_sample=False)
     assert model.generate(ids, generation_config=given).shape == (1, 25)
+
+
+@pytest.mark.parametrize("named", [{}, {"eos_token_id": [7, 9], "temperature": 0.5, "do_sample": True}])
+def test_without_generation_config_the_settings_are_those_that_transformers_takes(checkpoints, named, tmp_path):
+    copy = shutil.copytree(checkpoints("mixtral")[1], tmp_path / "copy")
+    (copy / "generation_config.json").unlink()
+    rewrite(
+        copy / "config.json", **{"bos_token_id": REMOVED, "eos_token_id": REMOVED, "pad_token_id": REMOVED, **named}
+    )
+    ours = AutoModelForCausalLM.from_pretrained(copy, device_map="meta").generation_config.to_hf()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(copy).generation_config
+    assert ours == {name: value for name, value in vars(theirs).items() if name in ours}
+    assert ours == named
+    assert theirs.eos_token_id == named.get("eos_token_id")
+
+
+# --- generating ---
+
+
+def test_two_prompts_at_once_are_refused(checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("qwen2")[1])
+    ids = ids_for(model, batch=1)
+    with pytest.raises(ArgumentError, match="inputs"):
+        model.generate(ids, inputs=ids + 1, max_new_tokens=1)
+
+
+def test_a_generation_config_of_transformers_is_refused_in_words(checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("qwen2")[1])
+    with pytest.raises(ArgumentError, match=r"(?s)generation_config.*from_hf"):
+        model.generate(ids_for(model), generation_config=transformers.GenerationConfig(max_new_tokens=1))

@@ -68,24 +68,21 @@ def _rows(plan: Plan) -> list[Row]:
 
 
 def _way(plan: Plan, conversion: Conversion) -> tuple[str, str, tuple[str, ...], str]:
+    """What the conversions of one row have in common: sources, targets, operations, casts."""
     found, wanted = plan.files.tensors[conversion.keys[0]].dtype, plan.targets[conversion.targets[0]].dtype
     casts = found if found == wanted else f"{found} -> {wanted}"
     if conversion.rule is None:
-        kind = (
-            "tensors under their own names"
-            if conversion.keys == conversion.targets
-            else template_of(conversion.keys[0])
-        )
-        return (
-            kind,
-            "copied" if conversion.keys == conversion.targets else template_of(conversion.targets[0]),
-            (),
-            casts,
-        )
+        return *_copy(conversion.keys, conversion.targets), (), casts
     sources, targets = (
         braced(pattern.text for pattern in side) for side in (conversion.rule.sources, conversion.rule.targets)
     )
     return sources, targets, tuple(type(operation).__name__ for operation in conversion.rule.operations), casts
+
+
+def _copy(keys: tuple[str, ...], targets: tuple[str, ...]) -> tuple[str, str]:
+    if keys == targets:
+        return "tensors under their own names", "copied"
+    return template_of(keys[0]), template_of(targets[0])
 
 
 def _row_line(row: Row) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moebius.checkpoint.files import INDEX_FILE, SINGLE_FILE
-from moebius.errors import CheckpointError
+from moebius.errors import ArgumentError, CheckpointError
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, templates; weights come by their names
 NOT_CACHED = "not in the hub's cache, which local_files_only=True does not look beyond"
@@ -21,11 +21,13 @@ def resolve(name_or_path: str | os.PathLike[str], *, weights: bool = True, **dow
     """The local folder of a checkpoint; from the hub, only the files that its index names are fetched.
 
     weights: fetch them too, not the small files alone.  download: any of OPTIONS.
-    Raises CheckpointError if there is no such folder, no such id, or no way to reach it.
+    Raises CheckpointError if there is no such folder, no such id, or no way to reach it; ArgumentError for the
+    revision of a folder.
     """
     text = os.fspath(name_or_path)
-    path = Path(text).expanduser()
+    path = local_path(text)
     if os.path.isdir(path):
+        _refuse_revision(text, download.get("revision"))
         return path
     if os.path.exists(path):
         raise CheckpointError(f"{text} is a file; expected a folder with config.json and *.safetensors")
@@ -34,6 +36,16 @@ def resolve(name_or_path: str | os.PathLike[str], *, weights: bool = True, **dow
             f"{text}: no such folder", advice="give a folder with config.json and *.safetensors, or a hub id"
         )
     return _download(text, weights, download)
+
+
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """The path from the root on, so that it still holds after a chdir; `~` is the home folder."""
+    return Path(os.path.abspath(os.path.expanduser(name)))
+
+
+def _refuse_revision(folder: str, revision: str | None) -> None:
+    if revision not in (None, "main"):
+        raise ArgumentError(f"revision={revision!r}: a folder has no revisions, and {folder} is one here")
 
 
 def _download(repo_id: str, weights: bool, options: dict[str, Any]) -> Path:

@@ -18,7 +18,7 @@ from moebius.checkpoint.converter import Match, Rule, WeightConverter, WeightSki
 from moebius.checkpoint.coverage import uncovered
 from moebius.checkpoint.files import ITEM_BYTES, CheckpointFiles, TensorInfo, fault_error
 from moebius.checkpoint.operations import LayoutError, Part
-from moebius.errors import Fault
+from moebius.errors import ArgumentError, Fault
 
 Place = tuple[WeightConverter, Match]  # a rule, and where in the model it is applied
 ADVICE = "fetch the checkpoint again; if config.json was edited, put back what it said"
@@ -88,9 +88,10 @@ def plan(
 
     rules: the family's.  overrides: the user's; where one of them finds its keys, it is taken before the family's.
     Raises CheckpointError with all faults: missing, unexpected, extra or doubly claimed keys, gaps in an index, wrong
-    shapes and dtypes, layouts mixed within one parameter.
+    shapes and dtypes, layouts mixed within one parameter.  Raises ArgumentError for overrides that no key fits.
     """
     planner = _Planner(files, tuple(overrides), tuple(rules), {target.name: target for target in targets})
+    planner.refuse_idle_overrides()
     return planner.run()
 
 
@@ -108,6 +109,16 @@ class _Planner:
         self.filled: dict[str, Conversion] = {}
         self.found = _route(files.tensors, [rule for tier in self.tiers for rule in tier])
         self.by_template: dict[str, list[list[WeightConverter]]] = {}
+
+    def refuse_idle_overrides(self) -> None:
+        """A user's converter that does nothing was meant to do something; what else is wrong may follow from it."""
+        at_work = [rule for rule, _ in self.found]
+        if idle := [rule for rule in self.tiers[0] if rule not in at_work]:
+            raise ArgumentError(
+                f"weight_conversions: no key in {self.files.folder} fits",
+                faults=[Fault(str(rule), "no key fits it") for rule in idle],
+                advice="correct the source patterns, or leave it out",
+            )
 
     def run(self) -> Plan:
         for name in self.targets:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from moebius.checkpoint.atomic import replacing_folder
 from moebius.checkpoint.blocks import Block, cut, is_run, whole_block
 from moebius.checkpoint.files import INDEX_FILE, ITEM_BYTES, CheckpointFiles, TensorInfo
+from moebius.checkpoint.hub import local_path
 from moebius.checkpoint.loading import (
     MAX_IO_BYTES,
     Progress,
@@ -23,7 +24,7 @@ from moebius.checkpoint.loading import (
 )
 from moebius.checkpoint.planning import STAGING_BYTES, Plan, Read
 from moebius.checkpoint.reversing import SavePlan, Shard, as_loaded, infos
-from moebius.errors import SaveError
+from moebius.errors import Fault, SaveError
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
 
@@ -39,13 +40,12 @@ def save(
     """Writes `tensors` ({target name: tensor}) to the folder `path`.
 
     plan: the one they were loaded by, or a SavePlan.  extra_files: written beside the weights ({name: content}).
-    Raises SaveError if the disk is full or a file cannot be written: then `path` holds what it held before.
+    Raises SaveError if the disk is full, a file cannot be written, or the tensors are not, by name and shape, those of
+    the plan they were loaded by: then `path` holds what it held before.
     """
-    folder = Path(os.path.abspath(path))
+    folder = local_path(path).resolve()
     source = plan.files if isinstance(plan, Plan) else None
-    todo = (
-        as_loaded(plan, {name: dtype_name(t.dtype) for name, t in tensors.items()}) if isinstance(plan, Plan) else plan
-    )
+    todo = _as_loaded(plan, tensors, folder) if isinstance(plan, Plan) else plan
     extras = dict(extra_files or {}) | ({INDEX_FILE: todo.index} if todo.index else {})
     shown = progress or Silent()
     shown.start(todo.nbytes, f"saving {folder.name}")
@@ -58,6 +58,30 @@ def save(
                 _write_file(fresh / name, content)
     finally:
         shown.finish()
+
+
+def _as_loaded(plan: Plan, tensors: Mapping[str, torch.Tensor], folder: Path) -> SavePlan:
+    if faults := list(_differences(plan, tensors)):
+        raise SaveError(
+            f"{folder} was not written: the model is not the one that was loaded",
+            faults=faults,
+            advice="load it with its weights; save what was added or resized by itself (safetensors.torch.save_file)",
+        )
+    return as_loaded(plan, {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()})
+
+
+def _differences(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[Fault]:
+    """What the plan backwards would drop, cut, or look for in vain."""
+    for name in sorted(plan.targets.keys() | tensors.keys()):
+        target, tensor = plan.targets.get(name), tensors.get(name)
+        if tensor is None:
+            yield Fault(name, "missing", "it was loaded, and is not there to be saved")
+        elif target is None:
+            yield Fault(name, "unexpected", "the files it was loaded from have no place for it")
+        elif target.shape != tuple(tensor.shape):
+            yield Fault(name, "shape", f"loaded as {list(target.shape)}, now {list(tensor.shape)}")
+        elif tensor.is_meta:
+            yield Fault(name, "no data", "it is on the meta device")
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -54,10 +55,28 @@ def moebius_command(
 
 def make_app() -> typer.Typer:
     # Plain help is twice as quick as rich's, and a traceback must not print local values (they may be tokens).
-    app = typer.Typer(name="moebius", rich_markup_mode=None, pretty_exceptions_enable=False, callback=moebius_command)
+    app = typer.Typer(
+        name="moebius",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        callback=moebius_command,
+    )
     for name, command in COMMANDS.items():
-        app.command(name)(command)
+        app.command(name)(interruptible(command))
     return app
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with numpy imported ahead of torch, whose C++ would import it and swallow a Ctrl-C meanwhile."""
+
+    @wraps(command)
+    def interruptible_command(**flags: Any) -> None:
+        import numpy  # noqa: F401
+
+        command(**flags)
+
+    return interruptible_command
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -78,9 +97,13 @@ def run(arguments: Sequence[str]) -> int:
         make_app()(args=with_hyphens(arguments), prog_name="moebius")
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else 0
+    except KeyboardInterrupt:  # before or after the command itself; during it, typer ends with the same code
+        return 128 + signal.SIGINT
     except MoebiusError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        return _say_os_error(error, arguments)
     except Exception:  # noqa: BLE001 - the last stop before the user: a bug keeps its traceback, and says how to report it
         _say_bug(arguments)
         return 1
@@ -102,6 +125,15 @@ def _hyphenated(word: str) -> str:
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
+
+
+def _say_os_error(error: OSError, arguments: Sequence[str]) -> int:
+    """A file that cannot be read or written is the machine's matter, and one line; without its name it may be a bug."""
+    if error.filename is None:
+        _say_bug(arguments)
+    else:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 1
 
 
 def _say_bug(arguments: Sequence[str]) -> None:

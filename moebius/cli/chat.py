@@ -25,6 +25,7 @@ from moebius.cli.options import (
     TopP,
     Verbose,
 )
+from moebius.errors import InputError, SaveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +60,6 @@ def chat(
     """Talk with a model. Lines that begin with a slash are commands: /reset, /system, /save, /exit."""
     console = open_console(quiet, verbose)
     from moebius.cli.runtime import ModelChoice, find, load, sampling_options, with_seed
-    from moebius.errors import InputError
     from moebius.generation.chat import Chat
     from moebius.generation.stream import TextStreamer
     from moebius.tokenizer import AutoTokenizer
@@ -75,15 +75,23 @@ def chat(
     conversation = Chat(
         decoder, tokenizer, system_prompt=system_prompt, generation_config=decoder.generation_config, **options
     )
+    if history is not None:
+        begin_history(history, conversation)
     console.note(COMMANDS)
     streamer = TextStreamer(tokenizer, skip_prompt=True, stop_strings=stop or (), skip_special_tokens=True)
     talk(conversation, streamer, console, history)
 
 
+def begin_history(history: Path, conversation: "Chat") -> None:
+    """Goes on from the file, or begins it: whether it can be written shows now, and not after the first reply."""
+    if history.exists():
+        conversation.load(history)
+    else:
+        conversation.save(history)
+
+
 def talk(conversation: "Chat", streamer: "TextStreamer", console: "Console", history: Path | None) -> None:
     """Turn by turn, until /exit or the end of stdin; the history is saved after every turn."""
-    if history is not None and history.exists():
-        conversation.load(history)
     while (line := next_line()) is not None:
         if line.startswith("/"):
             if not obey(line, conversation, console):
@@ -96,18 +104,29 @@ def talk(conversation: "Chat", streamer: "TextStreamer", console: "Console", his
 
 def next_line() -> str | None:
     """A line from the terminal, with a prompt, or from a pipe; None at the end."""
-    if sys.stdin.isatty():
+    if is_terminal():
         print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     return line.rstrip("\n") if line else None
 
 
+def is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
 def answer(line: str, conversation: "Chat", streamer: "TextStreamer", console: "Console") -> None:
-    """Streams the reply. Ctrl-C ends the reply, not the conversation, which is then as before the line."""
+    """Streams the reply. Ctrl-C ends the reply, not the conversation, which is then as before the line.
+
+    Nor does a line that is refused, such as one too long, end it at a terminal; piped input ends with the error.
+    """
     try:
         conversation.send(line, streamer=streamer)
     except KeyboardInterrupt:
         console.note("(stopped; this turn is forgotten)")
+    except InputError as error:
+        if not is_terminal():
+            raise
+        say_error(error)
 
 
 def obey(line: str, conversation: "Chat", console: "Console") -> bool:
@@ -128,5 +147,14 @@ def save(file: str, conversation: "Chat", console: "Console") -> None:
     if not file:
         console.note("/save needs a file: /save turns.json")
         return
-    conversation.save(file)
-    console.note(f"saved to {file}")
+    try:
+        conversation.save(file)
+    except SaveError as error:  # the turns are still here: another name may do
+        say_error(error)
+    else:
+        console.note(f"saved to {file}")
+
+
+def say_error(error: Exception) -> None:
+    """Tells what went wrong where the conversation can go on, with --quiet too."""
+    print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Opening a model to run it: the steps that generate and chat share."""
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from moebius.errors import ArgumentError, Fault
 from moebius.experts.interface import AUTO, Experts
 from moebius.experts.select import Situation, select_backend
 from moebius.layers.decoder import Decoder
+
+TOKEN_ID = re.compile("[0-9]{1,18}")  # what int64 can hold; whether the model has it, the model says
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class IdStreamer:
 def parse_ids(text: str) -> list[int]:
     """Token ids from text, parted by blanks or commas. ArgumentError: a word that is no number."""
     words: Sequence[str] = text.replace(",", " ").split()
-    faults = [Fault("--ids", "not a token id", repr(word)) for word in words if not word.isdecimal()]
+    faults = [Fault("--ids", "not a token id", repr(word)) for word in words if not TOKEN_ID.fullmatch(word)]
     if faults or not words:
         raise ArgumentError("--ids takes token ids, as in --ids '1 2 3'", faults=faults)
     return [int(word) for word in words]

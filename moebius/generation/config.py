@@ -1,18 +1,17 @@
 """How to generate, as data: no torch."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from moebius.checkpoint.files import parse_json, reason
 from moebius.errors import ArgumentError, ConfigError
-from moebius.generation.options import refusals
+from moebius.generation.options import OFF_VALUES, refusals
 from moebius.generation.ranges import range_faults
 
 GENERATION_FILE = "generation_config.json"
 MODEL_FILE = "config.json"
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -65,9 +64,8 @@ class GenerationConfig:
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], where: str = GENERATION_FILE) -> "GenerationConfig":
         """What a generation_config.json says. Raises ConfigError naming every key that is unknown or unsupported."""
-        known = {spec.name for spec in fields(cls)}
-        faults = refusals(raw, known)
-        values = {name: value for name, value in raw.items() if name in known}
+        faults = refusals(raw, FIELDS)
+        values = {name: value for name, value in raw.items() if name in FIELDS}
         try:
             config = cls(**values)
         except ArgumentError as error:
@@ -78,17 +76,18 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "GenerationConfig":
-        """The checkpoint's own settings: generation_config.json, or else config.json's special token ids."""
+        """The checkpoint's own settings: generation_config.json, or else what an older config.json says of them."""
         path = Path(folder) / GENERATION_FILE
         if path.is_file():
             return cls.from_hf(_read_json(path), str(path))
         path = Path(folder) / MODEL_FILE
         raw = _read_json(path) if path.is_file() else {}
-        return cls.from_hf({name: raw.get(name) for name in SPECIAL_IDS}, str(path))
+        settings = {name: raw[name] for name in raw.keys() & {*FIELDS, *OFF_VALUES} if not name.startswith("output_")}
+        return cls.from_hf(settings, str(path))
 
     def to_hf(self) -> dict[str, Any]:
         """As generation_config.json keeps it: what is set, a single end id as a number; the seed is no part of it."""
-        values = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name != "seed"}
+        values = {name: value for name, value in vars(self).items() if name != "seed"}
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         if self.eos_token_id is not None and len(self.eos_token_id) == 1:
             values["eos_token_id"] = self.eos_token_id[0]
@@ -103,13 +102,13 @@ class GenerationConfig:
 
         Raises ArgumentError naming every option that is unknown (with the nearest known name) or not supported.
         """
-        known = {spec.name for spec in fields(self)}
-        if faults := refusals(options, known):
+        if faults := refusals(options, FIELDS):
             raise ArgumentError("generation options refused", faults=faults)
-        values = {name: value for name, value in options.items() if name in known}
+        values = {name: value for name, value in options.items() if name in FIELDS}
         return replace(self, **{name: getattr(OFF, name) if value is None else value for name, value in values.items()})
 
 
+FIELDS = frozenset(spec.name for spec in fields(GenerationConfig))
 DEFAULTS = GenerationConfig(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)
 OFF = GenerationConfig(
     do_sample=False,
@@ -126,9 +125,9 @@ OFF = GenerationConfig(
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+        raw = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: unreadable: {reason(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, found a {type(raw).__name__}")
     return raw

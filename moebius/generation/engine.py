@@ -56,6 +56,8 @@ def generate(
     cache: one that already holds the first cache.length tokens of the prompt.
     Raises ArgumentError (an option), InputError (the prompt), CapacityError (the cache), MoebiusError (NaN logits).
     """
+    if input_ids is not None and inputs is not None:
+        raise ArgumentError("inputs is another name for input_ids; give one of them")
     given = checked_ids(input_ids if inputs is None else inputs)
     device = next(decoder.parameters()).device
     config = resolve(decoder.config, generation_config, options)

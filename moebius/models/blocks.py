@@ -3,12 +3,12 @@
 E experts, K experts a token, H hidden, I expert width.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from moebius.config import (
     DecoderConfig,
     DenseMlp,
-    FeedForward,
     GroupedQueryAttention,
     LayerConfig,
     RmsNorm,
@@ -23,6 +23,9 @@ from moebius.models.reading import ConfigReader
 MAX_LAYERS = 10_000
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+SpecialId = Literal["bos_token_id", "eos_token_id", "pad_token_id"]
+NO_IDS: Mapping[SpecialId, int] = {}
+
 
 def read_decoder(
     reader: ConfigReader,
@@ -31,10 +34,12 @@ def read_decoder(
     *,
     eps: float,
     aux_loss_coef: float | None = None,
+    special_ids: Mapping[SpecialId, int] = NO_IDS,
 ) -> DecoderConfig:
     """Everything around the layers.
 
     eps, aux_loss_coef: the family's defaults of rms_norm_eps and router_aux_loss_coef; None where it has no router.
+    special_ids: the family's token ids where the field is absent; null means that there is none.
     """
     reader.must_be("hidden_act", "silu")
     return DecoderConfig(
@@ -47,11 +52,18 @@ def read_decoder(
         tie_word_embeddings=reader.boolean("tie_word_embeddings", default=False),
         dtype=reader.one_of("torch_dtype", "dtype", supported=DTYPES),
         initializer_range=reader.non_negative("initializer_range", default=0.02),
-        bos_token_id=reader.optional_integer("bos_token_id"),
-        eos_token_id=reader.integers("eos_token_id"),
-        pad_token_id=reader.optional_integer("pad_token_id"),
+        **_read_special_ids(reader, special_ids),
         **({} if aux_loss_coef is None else _read_router_loss(reader, aux_loss_coef)),
     )
+
+
+def _read_special_ids(reader: ConfigReader, absent: Mapping[SpecialId, int]) -> dict[str, Any]:
+    ends = (absent["eos_token_id"],) if "eos_token_id" in absent else ()
+    return {
+        "bos_token_id": reader.optional_integer("bos_token_id", absent=absent.get("bos_token_id")),
+        "eos_token_id": reader.integers("eos_token_id", absent=ends),
+        "pad_token_id": reader.optional_integer("pad_token_id", absent=absent.get("pad_token_id")),
+    }
 
 
 def _read_router_loss(reader: ConfigReader, default: float) -> dict[str, Any]:
@@ -184,14 +196,12 @@ def read_num_layers(reader: ConfigReader) -> int:
 def read_stepped_layers(reader: ConfigReader, mixer: GroupedQueryAttention, moe: SparseMoe) -> tuple[LayerConfig, ...]:
     """Layer N is dense if `mlp_only_layers` names it, or `decoder_sparse_step` does not divide N + 1."""
     layers = read_num_layers(reader)
-    dense = DenseMlp(reader.integer("intermediate_size", default=moe.intermediate_size))
     named = reader.integers("mlp_only_layers", below=layers)
     step = reader.integer("decoder_sparse_step", default=1)
-
-    def feed_forward(number: int) -> FeedForward:
-        return dense if number in named or (number + 1) % step else moe
-
-    return tuple(LayerConfig(mixer, feed_forward(number)) for number in range(layers))
+    sparse = [number not in named and (number + 1) % step == 0 for number in range(layers)]
+    # the width says nothing where no layer is dense, and is then often left out
+    width = reader.integer("intermediate_size", default=moe.intermediate_size if all(sparse) else None)
+    return tuple(LayerConfig(mixer, moe if is_sparse else DenseMlp(width)) for is_sparse in sparse)
 
 
 def write_stepped_layers(config: DecoderConfig) -> dict[str, Any]:

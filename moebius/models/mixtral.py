@@ -1,5 +1,6 @@
 """Mixtral (Jiang et al. 2024): sparse on every layer, weights renormalised and kept in float32."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from moebius.checkpoint.converter import Rule, WeightRenaming
@@ -9,6 +10,8 @@ from moebius.models.family import Family
 from moebius.models.reading import ConfigReader
 from moebius.models.rules import SKIPPED_KEYS, packed_experts
 
+SPECIAL_IDS: Mapping[blocks.SpecialId, int] = {"bos_token_id": 1, "eos_token_id": 2}
+
 
 def _read(reader: ConfigReader) -> DecoderConfig:
     for field, supported in {"sliding_window": None, "attention_bias": False, "router_jitter_noise": 0}.items():
@@ -17,7 +20,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     routing = SoftmaxTopK(renormalize=True, float32_weights=True)
     moe = blocks.read_moe(reader, width_field="intermediate_size", routing=routing)
     layers = (LayerConfig(mixer, moe),) * blocks.read_num_layers(reader)
-    return blocks.read_decoder(reader, "mixtral", layers, eps=1e-5, aux_loss_coef=0.001)
+    return blocks.read_decoder(reader, "mixtral", layers, eps=1e-5, aux_loss_coef=0.001, special_ids=SPECIAL_IDS)
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:

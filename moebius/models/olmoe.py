@@ -1,5 +1,6 @@
 """OLMoE (Muennighoff et al. 2024): norms of q and k over their full width, weights not renormalised."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from moebius.checkpoint.converter import Rule
@@ -9,6 +10,8 @@ from moebius.models.family import Family
 from moebius.models.reading import ConfigReader
 from moebius.models.rules import SKIPPED_KEYS, standard_experts
 
+SPECIAL_IDS: Mapping[blocks.SpecialId, int] = {"eos_token_id": 50279, "pad_token_id": 1}
+
 
 def _read(reader: ConfigReader) -> DecoderConfig:
     reader.must_be("clip_qkv", None)
@@ -17,7 +20,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
     routing = SoftmaxTopK(renormalize=reader.boolean("norm_topk_prob", default=False))
     moe = blocks.read_moe(reader, width_field="intermediate_size", routing=routing)
     layers = (LayerConfig(mixer, moe),) * blocks.read_num_layers(reader)
-    return blocks.read_decoder(reader, "olmoe", layers, eps=1e-5, aux_loss_coef=0.01)
+    return blocks.read_decoder(reader, "olmoe", layers, eps=1e-5, aux_loss_coef=0.01, special_ids=SPECIAL_IDS)
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:

@@ -9,9 +9,14 @@ from moebius.models.family import Family
 from moebius.models.reading import ConfigReader
 from moebius.models.rules import SKIPPED_KEYS, standard_experts
 
+# Qwen3-Coder's config.json says these of what every member of the family is.
+ALWAYS_SO = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+
 
 def _read(reader: ConfigReader) -> DecoderConfig:
     blocks.read_full_attention_only(reader)
+    for field, supported in ALWAYS_SO.items():
+        reader.must_be(field, supported)
     bias = reader.boolean("attention_bias", default=False)
     mixer = blocks.read_attention(reader, qkv_bias=bias, output_bias=bias, qk_norm="head")
     routing = SoftmaxTopK(renormalize=reader.boolean("norm_topk_prob", default=False))

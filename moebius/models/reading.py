@@ -49,13 +49,19 @@ class ConfigReader:
         found = self._checked(names, expected, lambda value: _is_integer(value, minimum, maximum), default)
         return minimum if found is None else found
 
-    def optional_integer(self, *names: str, minimum: int = 0, maximum: int = MAX_SIZE) -> int | None:
-        """As `integer`, where absent or null means None."""
+    def optional_integer(
+        self, *names: str, absent: int | None = None, minimum: int = 0, maximum: int = MAX_SIZE
+    ) -> int | None:
+        """As `integer`, where null means None."""
         present = self._value(names)
-        return None if present is MISSING or present is None else self.integer(*names, minimum=minimum, maximum=maximum)
+        if present is MISSING:
+            return absent
+        return None if present is None else self.integer(*names, minimum=minimum, maximum=maximum)
 
-    def integers(self, name: str, *, below: int | None = None) -> tuple[int, ...]:
-        """A list of whole numbers in [0, below), or one alone; absent or null means none."""
+    def integers(self, name: str, *, absent: tuple[int, ...] = (), below: int | None = None) -> tuple[int, ...]:
+        """A list of whole numbers in [0, below), or one alone; null means none."""
+        if self._value((name,)) is MISSING:
+            return absent
         maximum = MAX_SIZE if below is None else below - 1
         expected = f"whole numbers from 0 to {maximum}"
         value = self._checked((name,), expected, lambda found: _are_integers(found, maximum), [])

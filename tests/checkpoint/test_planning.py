@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moebius import (
+    ArgumentError,
     CheckpointError,
     Chunk,
     Concatenate,
@@ -117,10 +118,10 @@ def test_a_users_rule_comes_before_the_familys(tmp_path):
     assert "{w3,w1}" in str(plan)
 
 
-def test_a_users_rule_whose_keys_are_not_there_leaves_the_familys_alone(tmp_path):
+def test_a_users_rule_that_no_key_fits_is_refused(tmp_path):
     other = WeightConverter("elsewhere.*.w", "mlp.experts.gate_up_proj", [MergeModulelist(0)])
-    plan = planned(write(tmp_path, per_expert(1)), [PACK], PACKED[:1], overrides=[other])
-    assert "elsewhere" not in str(plan)
+    with pytest.raises(ArgumentError, match=r"elsewhere.*no key fits it"):
+        planned(write(tmp_path, per_expert(1)), [PACK], PACKED[:1], overrides=[other])
 
 
 def test_skipped_keys_are_listed_with_their_reason(tmp_path):

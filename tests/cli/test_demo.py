@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from moebius.cli.demo.text import demo_text, library_sources, split_text, train_
 CLAIMS = {
     "held-out text was read",
     "every expert is in the file by itself",
-    "every loaded tensor equals the trained one (sha256)",
+    "every loaded parameter equals the trained one (sha256)",
     "logits before and after are the same",
     "the backends auto and eager generate the same tokens",
 }
@@ -64,6 +65,41 @@ def test_a_folder_of_somebody_elses_is_left_alone(moebius, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def beneath_a_file(folder):
+    (folder / "file").touch()
+    return folder / "file" / "demo"
+
+
+def with_a_linked_model(folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "kept").touch()
+    (folder / "demo").mkdir()
+    (folder / "demo" / "demo.json").write_text('{"made_by": "moebius demo"}')
+    (folder / "demo" / "model").symlink_to(folder / "elsewhere")
+    return folder / "demo"
+
+
+@pytest.mark.parametrize("obstacle", [beneath_a_file, with_a_linked_model])
+def test_a_folder_that_cannot_be_written_is_refused_before_training(moebius, tmp_path, obstacle):
+    ended = moebius("demo", "--out", obstacle(tmp_path), "--steps", 1)
+    assert (ended.code, ended.out) == (2, "")
+    assert "cannot be made or written" in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "elsewhere").exists() or (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_what_to_try_next_can_be_typed_as_it_stands(monkeypatch):
+    def called(path, found):
+        monkeypatch.setattr("sys.argv", [path])
+        monkeypatch.setattr("shutil.which", lambda name: found)
+        return stages.command_name()
+
+    assert called("/usr/bin/moebius", "/usr/bin/moebius") == "moebius"
+    assert called(".venv/bin/moebius", None) == ".venv/bin/moebius"
+    assert called(".venv/bin/moebius", "/usr/bin/moebius") == ".venv/bin/moebius"
+    assert called("moebius/cli/__main__.py", "/usr/bin/moebius") == f"{sys.executable} -m moebius.cli"
+
+
 def test_a_proof_that_fails_ends_the_demo_with_an_error(moebius, tmp_path, monkeypatch):
     def spoil(run, trained, text, tokenizer):
         with torch.no_grad():
@@ -74,7 +110,7 @@ def test_a_proof_that_fails_ends_the_demo_with_an_error(moebius, tmp_path, monke
     monkeypatch.setattr(stages, "load_model", spoil)
     ended = moebius("demo", "--out", tmp_path / "demo", "--steps", 1)
     assert ended.code == 1
-    assert "the demo's proof failed: every loaded tensor equals the trained one (sha256): 35 of 36 equal" in ended.err
+    assert "proof failed: every loaded parameter equals the trained one (sha256): 34 of 35 equal" in ended.err
     assert not json.loads((tmp_path / "demo" / "demo.json").read_text())["finished"]
 
 

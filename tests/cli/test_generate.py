@@ -98,6 +98,8 @@ def test_a_chat_template_is_used_unless_the_prompt_is_raw(moebius, model, chat_m
         (("-p", "a", "-n", 0), 2, "max-tokens"),
         (("-p", "a", "--top-p", 1.5), 2, "top-p"),
         (("--ids", "1", "-n", 300), 3, "256"),
+        (("--ids", "1 " + "9" * 30), 3, "9" * 30),
+        (("--ids", "1 -3"), 3, "-3"),
     ],
 )
 def test_bad_input_is_refused_by_name(moebius, model, flags, code, said):
@@ -132,6 +134,32 @@ def test_slash_commands(moebius, monkeypatch, chat_model, tmp_path):
     assert "/save needs a file" in ended.err
     assert "/nonsense is not a command" in ended.err
     assert ended.out.count("\n") >= 2
+
+
+def test_a_save_that_fails_leaves_the_conversation(moebius, monkeypatch, chat_model, tmp_path):
+    file = tmp_path / "saved.json"
+    ended = chat(moebius, monkeypatch, chat_model, ["hello", f"/save {tmp_path}/no/such", f"/save {file}"], "-q")
+    assert ended.code == 0
+    assert ended.err.startswith(f"error: {tmp_path}/no/such")
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_a_history_that_cannot_be_written_is_refused_before_the_first_turn(moebius, monkeypatch, chat_model, tmp_path):
+    ended = chat(moebius, monkeypatch, chat_model, ["hello"], "--history", tmp_path / "no" / "such")
+    assert (ended.code, ended.out) == (1, "")
+    assert "could not be saved" in ended.err
+
+
+@pytest.mark.parametrize(("terminal", "code", "turns"), [(True, 0, 2), (False, 3, 0)])
+def test_a_line_that_is_refused_ends_piped_input_alone(
+    moebius, monkeypatch, chat_model, tmp_path, terminal, code, turns
+):
+    file = tmp_path / "turns.json"
+    monkeypatch.setattr("moebius.cli.chat.is_terminal", lambda: terminal)
+    ended = chat(moebius, monkeypatch, chat_model, ["word " * 300, "hello"], "--history", file)
+    assert ended.code == code
+    assert "256 positions" in ended.err
+    assert len(json.loads(file.read_text())) == turns
 
 
 def test_reset_forgets_the_turns(moebius, monkeypatch, chat_model, tmp_path):

@@ -94,11 +94,47 @@ def test_a_bug_keeps_its_traceback_and_says_how_to_report_it(moebius, monkeypatc
     assert "moebius env --json" in ended.err
 
 
+def test_a_file_that_cannot_be_written_is_one_line(moebius, monkeypatch):
+    monkeypatch.setattr(cli, "COMMANDS", failing_with(PermissionError(13, "Permission denied", "there/loss.png")))
+    ended = moebius("fail")
+    assert (ended.code, ended.err) == (1, "error: there/loss.png: Permission denied\n")
+
+
+def test_an_error_of_the_system_that_names_no_file_may_be_a_bug(moebius, monkeypatch):
+    monkeypatch.setattr(cli, "COMMANDS", failing_with(OSError("odd")))
+    assert "please report it" in moebius("fail").err
+
+
+def test_without_a_command_the_help_is_shown(moebius):
+    ended = moebius()
+    assert ended.code == 2
+    assert "generate  Continue a prompt" in ended.out + ended.err
+
+
+def test_numpy_is_imported_before_torch():
+    # torch's C++ imports it too, and swallows a Ctrl-C that comes meanwhile
+    code = (
+        "import sys; from moebius.cli.__main__ import run\n"
+        "run(['env', '--json'])\n"
+        "names = list(sys.modules); assert names.index('numpy') < names.index('torch')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_an_interrupt_ends_with_130(moebius, monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", failing_with(KeyboardInterrupt()))
     ended = moebius("fail")
     assert ended.code == 130
     assert "Traceback" not in ended.err
+
+
+def test_an_interrupt_before_the_command_has_begun_ends_with_130_too(moebius, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_app", interrupted)
+    assert moebius("env").code == 130
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

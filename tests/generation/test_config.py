@@ -52,6 +52,16 @@ def test_without_generation_config_the_models_special_ids_are_taken(tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig(eos_token_id=(2,))
 
 
+def test_without_generation_config_the_models_own_settings_are_taken_as_transformers_takes_them(tmp_path):
+    legacy = {"model_type": "qwen2", "do_sample": True, "temperature": 0.5, "top_k": 7, "num_beams": 1}
+    (tmp_path / "config.json").write_text(json.dumps({**legacy, "output_hidden_states": True}))
+    config, theirs = GenerationConfig.from_pretrained(tmp_path), OracleConfig.from_model_config(legacy)
+    assert (config.do_sample, config.temperature, config.top_k) == (theirs.do_sample, theirs.temperature, theirs.top_k)
+    (tmp_path / "config.json").write_text(json.dumps({**legacy, "num_beams": 4}))
+    with pytest.raises(ConfigError, match=r"config\.json.*num_beams"):
+        GenerationConfig.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", list(OFF_VALUES))
 def test_an_option_that_is_not_supported_is_refused_by_name_unless_it_is_off(name):
     off = OFF_VALUES[name]
@@ -106,7 +116,7 @@ def test_all_faults_are_told_at_once():
     assert {fault.where for fault in caught.value.faults} == {"num_beams", "top_p", "nonsense"}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '{"temperature": "hot"}'])
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"temperature": "hot"}', '{"top_k": 1, "top_k": 2}'])
 def test_a_broken_file_is_named(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):

@@ -14,6 +14,13 @@ from moebius.models import FAMILIES, family_of
 from tests.families import MOE_FAMILIES, TINY, make_oracle, save_oracle, tiny_config
 from tests.models.hub_configs import MIXTRAL, QWEN3_MOE, RELEASED
 
+SIZES = [
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts", "num_experts_per_tok"),
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+]
+LEFT_TO_THE_MODEL = ("architectures", "head_dim")  # in transformers' configs
+
 
 def read(raw: Any) -> DecoderConfig:
     return family_of(raw).from_hf(raw)
@@ -48,6 +55,31 @@ def test_transformers_reads_what_is_written_as_what_was_read(family):
 def test_what_transformers_saves_reads_the_same(family, tmp_path):
     folder = save_oracle(make_oracle(family), tmp_path)
     assert read(json.loads((folder / "config.json").read_text())) == read(tiny_config(family))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_an_absent_field_means_what_it_means_in_transformers(family):
+    """Only sizes are given; whatever else is written has to be transformers' default."""
+    from transformers import AutoConfig
+
+    sizes = {name: value for name, value in tiny_config(family).items() if name in SIZES}
+    ours = FAMILIES[family].to_hf(read(sizes))
+    theirs = AutoConfig.for_model(**sizes).to_dict()
+    theirs |= {"rope_theta": theirs["rope_parameters"]["rope_theta"], "torch_dtype": None}
+    judged = ours.keys() - {*SIZES, *LEFT_TO_THE_MODEL}
+    assert len(judged) > 8
+    assert {name: ours[name] for name in judged} == {name: theirs.get(name) for name in judged}
+
+
+def test_a_special_id_that_is_null_is_none_whatever_the_family_has():
+    assert read(tiny_config("mixtral", bos_token_id=None, eos_token_id=None)).eos_token_id == ()
+    assert read(tiny_config("olmoe", pad_token_id=None)).pad_token_id is None
+
+
+def test_the_width_of_dense_layers_is_missing_only_where_there_are_some():
+    raw = {name: value for name, value in tiny_config("qwen3_moe").items() if name != "intermediate_size"}
+    assert read(raw).moe_layers
+    assert faults({**raw, "mlp_only_layers": [0]}) == {"intermediate_size": "missing"}
 
 
 def test_dense_layers_are_written_by_number():
@@ -108,6 +140,11 @@ def test_left_over_generation_fields_change_nothing():
     assert read({**QWEN3_MOE, **inert}) == read(QWEN3_MOE)
 
 
+def test_what_qwen3_coder_says_besides_changes_nothing():
+    besides = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    assert read({**QWEN3_MOE, **besides}) == read(QWEN3_MOE)
+
+
 def test_absent_norm_topk_prob_means_false():
     raw = {key: value for key, value in QWEN3_MOE.items() if key != "norm_topk_prob"}
     assert not read(raw).moe_layers[0].routing.renormalize
@@ -151,6 +188,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("qwen3_moe", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config", "unsupported"),
     ("qwen3_moe", {"architectures": ["Qwen3MoeForSequenceClassification"]}, "architectures", "unsupported"),
     ("qwen3_moe", {"n_group": 4}, "n_group", "unknown field"),
+    ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm", "unsupported"),
+    ("qwen3_moe", {"qkv_bias": True}, "qkv_bias", "unsupported"),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size", "unsupported"),
     ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types", "unsupported"),
     ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size", "missing"),
     ("mixtral", {"sliding_window": 4096}, "sliding_window", "unsupported"),

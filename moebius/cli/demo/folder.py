@@ -33,18 +33,27 @@ class DemoFolder:
 
 
 def demo_folder(path: Path) -> DemoFolder:
-    """A folder for a new run; a former run's model is removed. A usage error: the path holds anything else."""
+    """A folder for a new run; a former run's model is removed. A usage error: the path holds anything else, or
+    cannot be written.
+    """
     folder = DemoFolder(path)
     if path.exists() and not (_is_empty(path) or _is_demo(folder)):
         raise typer.BadParameter(
             f"{path} is there already, and no former demo made it; nothing was written, give another folder",
             param_hint="--out",
         )
+    try:
+        _clear(folder)
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be made or written: {error}", param_hint="--out") from error
+    return folder
+
+
+def _clear(folder: DemoFolder) -> None:
     if folder.model.exists():
         shutil.rmtree(folder.model)
-    path.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_report({"finished": False})
-    return folder
 
 
 def _is_empty(path: Path) -> bool:

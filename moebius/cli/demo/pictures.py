@@ -54,12 +54,13 @@ def _heat_maps(shares: dict[str, list[list[float]]]) -> "Figure":
     figure = Figure(figsize=(5.2 * len(shares), 3.4), layout="constrained")
     axes = figure.subplots(1, len(shares), squeeze=False)[0]
     highest = max(max(map(max, table)) for table in shares.values())
+    even = 1 / len(next(iter(shares.values()))[0])
     images = []
     for place, (name, table) in zip(axes, shares.items(), strict=True):
         images.append(_heat_map(place, table, highest))
         place.set(title=name, xlabel="expert", xticks=range(len(table[0])), yticks=range(len(table)))
     axes[0].set_ylabel("MoE layer")
-    figure.colorbar(images[0], ax=axes, label="share of the layer's choices")
+    figure.colorbar(images[0], ax=axes, label=f"share of the layer's choices (even: {even:.1%})")
     figure.suptitle("Expert load")
     return figure
 
@@ -79,8 +80,9 @@ def _curve(losses: Sequence[float]) -> "Figure":
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     place = figure.subplots()
-    place.plot(range(1, len(losses) + 1), losses, color="#b0c4de", linewidth=0.8, label="each step")
-    place.plot(range(1, len(losses) + 1), running_mean(losses), color="#1f4e8c", label=f"mean of {SMOOTHING} steps")
+    steps = range(1, len(losses) + 1)
+    place.plot(steps, losses, color="#b0c4de", linewidth=0.8, label="each step")
+    place.plot(steps, running_mean(losses), color="#1f4e8c", label=f"mean of the last {SMOOTHING} steps")
     place.set(title="Training loss", xlabel="step", ylabel="nats a token")
     place.grid(alpha=0.3)
     place.legend(frameon=False)

@@ -3,10 +3,13 @@
 L MoE layers, E experts, N tokens.
 """
 
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,9 +208,18 @@ def finish(run: Run) -> None:
     run.folder.write_report(settings | {"seconds": run.seconds, "figures": run.figures, "proofs": proofs})
     times = "\n".join(f"   {name:<10} {seconds:>7.2f} s" for name, seconds in run.seconds.items())
     print_result(f"\n{len(proofs)} proofs hold; times:\n{times}\n   all of it: {run.folder.report}")
+    command = command_name()
     print_result(
         "\nTry next:\n"
-        f"   moebius generate {run.folder.model} -p 'The \"while\" statement' --temperature 0.7\n"
-        f"   moebius inspect {run.folder.model}\n"
-        f"   moebius plan {run.folder.model}"
+        f"   {command} generate {run.folder.model} -p 'The \"while\" statement' --temperature 0.7\n"
+        f"   {command} inspect {run.folder.model}\n"
+        f"   {command} plan {run.folder.model}"
     )
+
+
+def command_name() -> str:
+    """How this command is called again: by its name where the shell finds it, else as it was called."""
+    called, found = Path(sys.argv[0]), shutil.which("moebius")
+    if called.name != "moebius":
+        return f"{sys.executable} -m moebius.cli"
+    return "moebius" if found is not None and Path(found).resolve() == called.resolve() else str(called)

@@ -1,0 +1,32 @@
+"""Model folders as tests look at them and change them, and what a model says of a batch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REMOVED = object()
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Changes the fields of a JSON file."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not REMOVED}))
+
+
+def ids_for(model, batch=2, tokens=24) -> torch.Tensor:
+    return torch.randint(3, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model, ids) -> torch.Tensor:
+    return model(ids).logits
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    """Each tensor's bytes, through the safetensors library."""
+    from safetensors.torch import load_file
+
+    parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {key: tensor.numpy().tobytes() for part in parts for key, tensor in part.items()}
