@@ -21,7 +21,7 @@ OPTIONS = {"max_new_tokens": 6, "do_sample": False}
 def chat(talker):
     decoder, _, tokenizer = talker
     tokenizer.chat_template = TEMPLATE
-    return Chat(decoder, tokenizer, **OPTIONS)
+    return Chat(decoder, tokenizer, generation_config=None, **OPTIONS)
 
 
 def fresh_reply(chat, messages):
@@ -98,7 +98,7 @@ def test_a_conversation_goes_on_from_its_file(chat, tmp_path):
     chat.reset("Be brief.")
     chat.send("Grüße 専")
     chat.save(tmp_path / "chat.json")
-    other = Chat(chat._decoder, chat._tokenizer, **OPTIONS)
+    other = Chat(chat._decoder, chat._tokenizer, generation_config=None, **OPTIONS)
     other.load(tmp_path / "chat.json")
     assert other.messages == chat.messages
     assert other.send("more") == chat.send("more")
@@ -122,7 +122,7 @@ def test_a_conversation_that_cannot_be_written_says_where(chat, tmp_path):
 
 def test_a_tokenizer_without_a_template_is_refused_when_spoken_to(talker):
     decoder = talker[0]
-    chat = Chat(decoder, Tokenizer(byte_level_bpe()), **OPTIONS)
+    chat = Chat(decoder, Tokenizer(byte_level_bpe()), generation_config=None, **OPTIONS)
     with pytest.raises(TokenizerError, match="no chat template"):
         chat.send("Hi")
 
@@ -130,12 +130,12 @@ def test_a_tokenizer_without_a_template_is_refused_when_spoken_to(talker):
 def test_options_are_checked_before_anything_is_said(talker):
     decoder, _, tokenizer = talker
     with pytest.raises(ArgumentError, match="num_beams"):
-        Chat(decoder, tokenizer, num_beams=2)
+        Chat(decoder, tokenizer, generation_config=None, num_beams=2)
 
 
 def test_an_option_switched_off_stays_off(talker):
     decoder, _, tokenizer = talker
-    assert Chat(decoder, tokenizer, top_k=None, do_sample=True)._config.top_k == 0
+    assert Chat(decoder, tokenizer, generation_config=None, top_k=None, do_sample=True)._config.top_k == 0
 
 
 def test_a_conversation_that_outgrows_the_positions_is_refused(chat):
