@@ -22,8 +22,8 @@ class Chat:
     """A conversation with a model.
 
     messages: dicts with role and content, the system prompt's first if there is one.
-    generation_config: the model's own (`model.generation_config`); None takes the decoder's special ids alone, which may
-    lack the end of a chat's turn.  options: as for `generate`; a reply has up to 256 tokens unless they say otherwise.
+    generation_config: the model's own (`model.generation_config`); None takes the decoder's special ids alone, which
+    may lack the end of a turn.  options: as for `generate`; a reply has up to 256 tokens unless they say otherwise.
 
     Each turn renders the whole conversation, compares its token ids with the cached ones and reads only what differs: a
     template that drops earlier reasoning merely shortens what is kept.
