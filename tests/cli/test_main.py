@@ -115,8 +115,11 @@ def test_numpy_is_imported_before_torch():
     # torch's C++ imports it too, and swallows a Ctrl-C that comes meanwhile
     code = (
         "import sys; from moebius.cli.__main__ import run\n"
+        "class Order(list):\n"
+        "    def find_spec(self, name, path=None, target=None): self.append(name)\n"
+        "order = Order(); sys.meta_path.insert(0, order)\n"
         "run(['env', '--json'])\n"
-        "names = list(sys.modules); assert names.index('numpy') < names.index('torch')"
+        "assert order.index('numpy') < order.index('torch')"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -60,8 +60,8 @@ def _heat_maps(shares: dict[str, list[list[float]]]) -> "Figure":
         images.append(_heat_map(place, table, highest))
         place.set(title=name, xlabel="expert", xticks=range(len(table[0])), yticks=range(len(table)))
     axes[0].set_ylabel("MoE layer")
-    figure.colorbar(images[0], ax=axes, label=f"share of the layer's choices (even: {even:.1%})")
-    figure.suptitle("Expert load")
+    figure.colorbar(images[0], ax=axes, label="share of the layer's choices")
+    figure.suptitle(f"Expert load (an even share is {even:.1%})")
     return figure
 
 
