@@ -42,6 +42,11 @@ class MoebiusError(Exception):
             [self._headline(), *self._fault_lines(), *([f"what to do: {self.advice}"] if self.advice else [])]
         )
 
+    def to_json(self) -> dict[str, object]:
+        """Message, advice and every fault, as plain data."""
+        faults = [{"where": fault.where, "what": fault.what, "detail": fault.detail} for fault in self.faults]
+        return {"error": self.message, "faults": faults, "what_to_do": self.advice}
+
     def _headline(self) -> str:
         return f"{self.message}: {self.faults[0]}" if len(self.faults) == 1 else self.message
 

@@ -1,5 +1,6 @@
 """The `moebius` command: its table of commands, and what it ends with."""
 
+import json
 import os
 import signal
 import sys
@@ -100,8 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:  # before or after the command itself; during it, typer ends with the same code
         return 128 + signal.SIGINT
     except MoebiusError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _say_error(error, arguments)
     except OSError as error:
         return _say_os_error(error, arguments)
     except Exception:  # noqa: BLE001 - the last stop before the user: a bug keeps its traceback, and says how to report it
@@ -125,6 +125,14 @@ def _hyphenated(word: str) -> str:
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
+
+
+def _say_error(error: MoebiusError, arguments: Sequence[str]) -> int:
+    """On stderr with the first faults; where the result was asked for as JSON, all of them on stdout."""
+    print(f"error: {error}", file=sys.stderr)
+    if "--json" in arguments:
+        print(json.dumps(error.to_json(), indent=2))
+    return error.exit_code
 
 
 def _say_os_error(error: OSError, arguments: Sequence[str]) -> int:

@@ -111,3 +111,13 @@ def test_a_plan_that_does_not_fit_is_printed_and_ends_with_4(moebius, model, mon
 )
 def test_counts_are_written_as_the_field_does(parameters, text):
     assert count(parameters) == text
+
+
+def test_json_holds_every_fault_however_many(moebius, model, tmp_path):
+    norms = {key: None for path in Path(model).glob("*.safetensors") for key in load_file(path) if "layernorm" in key}
+    ended = moebius("plan", str(copy_with(model, tmp_path / "broken", **norms)), "--json")
+    report = json.loads(ended.out)
+    assert ended.code == 3
+    assert {fault["where"] for fault in report["faults"]} == set(norms)
+    assert all(fault["what"] == "missing" for fault in report["faults"])
+    assert report["error"] in ended.err
