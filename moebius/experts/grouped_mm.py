@@ -63,7 +63,7 @@ class _GroupedExperts(torch.autograd.Function):
     """With z = x W1^T + b1, h = act(z), y = h W2^T + b2, out = sum_k w y, and g the gradient of out:
 
     p = g W2, dw = <p, h> + <g, b2>, dW2 = g^T (w h), dz = act'(z) (w p), dW1 = dz^T x, dx = sum_k dz W1
-    (SonicMoE, arXiv 2512.14080, section 3: y is not needed).
+    (SonicMoE, arXiv 2512.14080: y is not needed).
     """
 
     @staticmethod
