@@ -30,6 +30,8 @@ def batched_mm_experts(
 
 
 def _matmul(rows: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
-    """rows [S, in] times weight[index] [S, out, in], transposed: [S, out]."""
-    outputs = torch.bmm(weight[index], rows.unsqueeze(-1)).squeeze(-1)
-    return outputs if bias is None else outputs + bias[index]
+    """rows [S, in] times weight[index] [S, out, in], transposed, plus bias[index]: [S, out]."""
+    matrices, columns = weight[index], rows.unsqueeze(-1)
+    if bias is None:
+        return torch.bmm(matrices, columns).squeeze(-1)
+    return torch.baddbmm(bias[index].unsqueeze(-1), matrices, columns).squeeze(-1)

@@ -10,15 +10,30 @@ import torch
 from torch import Tensor
 
 from moebius.config import Activation
+from moebius.quantization.forms import Form
+
+SEGMENTS = {"gate_up_proj": 2, "down_proj": 1}
+"""The projections, and how many matrices each stacks: block scales of gate and up begin anew."""
 
 
 class ExpertWeights(Protocol):
-    """The experts of one layer, packed, gate rows first.  What a backend may read; `interface.Experts` is one."""
+    """The experts of one layer, packed, gate rows first.  What a backend may read; `interface.Experts` is one.
+
+    A projection whose form is not None is held quantized: it is the form's values, and its scale is not None.
+    """
 
     @property
     def gate_up_proj(self) -> Tensor: ...  # [E, 2I, H]
     @property
+    def gate_up_proj_form(self) -> Form | None: ...
+    @property
+    def gate_up_proj_scale(self) -> Tensor | None: ...
+    @property
     def down_proj(self) -> Tensor: ...  # [E, H, I]
+    @property
+    def down_proj_form(self) -> Form | None: ...
+    @property
+    def down_proj_scale(self) -> Tensor | None: ...
     @property
     def gate_up_proj_bias(self) -> Tensor | None: ...  # [E, 2I], or None where the family has none
     @property

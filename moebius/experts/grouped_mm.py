@@ -45,18 +45,10 @@ def _forward(
     experts: ExpertWeights, hidden_states: Tensor, weights: Tensor, order: ExpertOrder, products: GroupedProducts
 ) -> _Pass:
     rows = order.spread(hidden_states)
-    gate_up = _biased(products.times_transposed(rows, experts.gate_up_proj), experts.gate_up_proj_bias, products)
+    gate_up = products.times_transposed(rows, experts.gate_up_proj, experts.gate_up_proj_bias)
     hidden = gated_activation(experts.activation, *gate_up.chunk(2, dim=-1))
-    outputs = _biased(products.times_transposed(hidden, experts.down_proj), experts.down_proj_bias, products)
+    outputs = products.times_transposed(hidden, experts.down_proj, experts.down_proj_bias)
     return _Pass(weighted_sum(order.slots(outputs), weights, hidden_states.dtype), rows, gate_up)
-
-
-def _biased(rows: Tensor, bias: Tensor | None, products: GroupedProducts) -> Tensor:
-    """rows [S, out] plus each row's own expert's bias [E, out]; nothing on foreign rows."""
-    if bias is None:
-        return rows
-    padded = torch.cat((bias, bias.new_zeros(1, bias.shape[1])))
-    return rows + padded.index_select(0, products.experts_of_rows(len(rows)))
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -95,7 +87,7 @@ class _GroupedExperts(torch.autograd.Function):
         hidden, gate_up_grad = gated_activation_gradient(ctx.activation, gate_up, projected * scale)
         weights_grad = _row_dots(projected, hidden)
         if down_bias is not None:
-            weights_grad = weights_grad + _row_dots(grad, _biased(torch.zeros_like(grad), down_bias, products))
+            weights_grad = weights_grad + _row_dots(grad, products.of_rows(down_bias, len(grad)))
         return (
             _added(order.slots(products.times(gate_up_grad, gate_up_proj))) if needs_states else None,
             order.slots(weights_grad).to(weights.dtype),

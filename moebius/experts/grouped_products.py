@@ -17,9 +17,9 @@ class GroupedProducts:
         # the CPU has no grouped kernel: F.grouped_mm is a loop there too, one that wants 16-byte strides
         self._lengths = _lengths(offsets.tolist()) if offsets.device.type == "cpu" else None
 
-    def times_transposed(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """rows [S, in] times weight [E, out, in], transposed: [S, out]."""
-        return self._times(rows, weight.transpose(1, 2))
+    def times_transposed(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """rows [S, in] times weight [E, out, in], transposed, plus bias [E, out]: [S, out]."""
+        return self._times(rows, weight.transpose(1, 2), bias)
 
     def times(self, rows: Tensor, weight: Tensor) -> Tensor:
         """rows [S, out] times weight [E, out, in]: [S, in]."""
@@ -41,21 +41,29 @@ class GroupedProducts:
         places = torch.arange(len(rows), device=rows.device)
         return rows.where((places < self.offsets[-1]).unsqueeze(-1), 0)
 
+    def of_rows(self, vectors: Tensor, rows: int) -> Tensor:
+        """vectors [E, out] -> [S, out]: that of each row's own expert, zeros for rows that belong to none."""
+        padded = torch.cat((vectors, vectors.new_zeros(1, vectors.shape[1])))
+        return padded.index_select(0, self.experts_of_rows(rows))
+
     def experts_of_rows(self, rows: int) -> Tensor:
         """[S] int64: the expert of each row, E for rows that belong to none."""
         places = torch.arange(rows, device=self.offsets.device, dtype=self.offsets.dtype)
         return torch.searchsorted(self.offsets, places, right=True)
 
-    def _times(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        """rows [S, a] times matrices [E, a, b]: [S, b]."""
+    def _times(self, rows: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
+        """rows [S, a] times matrices [E, a, b], plus bias [E, b]: [S, b]."""
         if self._lengths is None:
-            # grouped_mm neither skips foreign rows nor writes their results
-            return self.own_rows(F.grouped_mm(self.own_rows(rows), matrices, offs=self.offsets))
+            # grouped_mm neither skips foreign rows nor writes their results, and takes no bias
+            result = self.own_rows(F.grouped_mm(self.own_rows(rows), matrices, offs=self.offsets))
+            return result if bias is None else result + self.of_rows(bias, len(rows))
         result = rows.new_empty(len(rows), matrices.shape[2])
         lengths = self._split(rows)
-        for ours, matrix, out in zip(rows.split(lengths), matrices.unbind(), result.split(lengths), strict=False):
+        biases = [None] * len(matrices) if bias is None else bias.unbind()
+        views = zip(rows.split(lengths), matrices.unbind(), biases, result.split(lengths), strict=False)
+        for ours, matrix, own_bias, out in views:
             if len(ours):
-                torch.mm(ours, matrix, out=out)
+                _multiply(ours, matrix, own_bias, out)
         result[len(rows) - lengths[-1] :] = 0
         return result
 
@@ -63,6 +71,14 @@ class GroupedProducts:
         """How many rows each expert has, and last those that belong to none."""
         lengths = self._lengths or []
         return [*lengths, len(rows) - sum(lengths)]
+
+
+def _multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Into `out`; with a bias, rounded once, as a linear layer's."""
+    if bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)
 
 
 def _lengths(offsets: list[int]) -> list[int]:

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from moebius.config import SparseMoe
 from moebius.errors import ArgumentError, BackendError, Fault
 from moebius.experts.batched_mm import batched_mm_experts
-from moebius.experts.contract import ExpertsFunction
+from moebius.experts.contract import SEGMENTS, ExpertsFunction
 from moebius.experts.eager import eager_experts
 from moebius.experts.grouped_mm import grouped_mm_experts
 from moebius.experts.select import Choice, Situation, backend_obstacles, select_backend
+from moebius.quantization.fixed_dtypes import FixedDtypes
+from moebius.quantization.forms import Form
+from moebius.quantization.held import room
 
 AUTO = "auto"
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
@@ -79,7 +82,7 @@ def use_experts_implementation(experts_class: ModuleClass) -> ModuleClass:
         name = _runnable(self.experts_implementation, _situation(self, hidden_states))
         run = own_forward if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
         # under autocast the states may be narrower than the weights, and grouped products take one dtype
-        states = hidden_states.to(self.gate_up_proj.dtype)
+        states = hidden_states.to(_compute_dtype(self, hidden_states))
         return run(self, states, top_k_index, top_k_weights).to(hidden_states.dtype)
 
     experts_class.forward = forward
@@ -87,24 +90,26 @@ def use_experts_implementation(experts_class: ModuleClass) -> ModuleClass:
 
 
 @use_experts_implementation
-class Experts(nn.Module):
-    """The routed experts of one layer, packed; see `contract.ExpertWeights` for the layout.
+class Experts(FixedDtypes):
+    """The routed experts of one layer, packed, plain or in quantized forms; see `contract.ExpertWeights`.
 
-    bias: whether both projections have biases.  experts_implementation: a name in ALL_EXPERTS_FUNCTIONS, or "auto".
+    experts_implementation: a name in ALL_EXPERTS_FUNCTIONS, or "auto".
     """
 
-    def __init__(
-        self, config: SparseMoe, hidden_size: int, *, bias: bool = False, experts_implementation: str = AUTO
-    ) -> None:
+    def __init__(self, config: SparseMoe, hidden_size: int, *, experts_implementation: str = AUTO) -> None:
         super().__init__()
         self.num_experts = config.num_experts
         self.activation = config.activation
         self.experts_implementation = ALL_EXPERTS_FUNCTIONS.check(experts_implementation)
+        self.gate_up_proj_form: Form | None = None
+        self.down_proj_form: Form | None = None
         gate_up_rows, rows = 2 * config.intermediate_size, hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, gate_up_rows, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, rows, config.intermediate_size))
-        self.gate_up_proj_bias = nn.Parameter(torch.empty(config.num_experts, gate_up_rows)) if bias else None
-        self.down_proj_bias = nn.Parameter(torch.empty(config.num_experts, rows)) if bias else None
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(config.num_experts, gate_up_rows)) if config.bias else None
+        self.down_proj_bias = nn.Parameter(torch.empty(config.num_experts, rows)) if config.bias else None
+        self.gate_up_proj_scale: nn.Parameter | None = None
+        self.down_proj_scale: nn.Parameter | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]."""
@@ -114,10 +119,39 @@ class Experts(nn.Module):
         """Take another backend from now on.  BackendError: unknown name."""
         self.experts_implementation = ALL_EXPERTS_FUNCTIONS.check(name)
 
+    def hold(self, projection: str, form: Form) -> None:
+        """Make room for a projection in a quantized form: its values, and its scales as `<projection>_scale`, neither
+        with a gradient.  What it held is dropped.
+
+        projection: "gate_up_proj" or "down_proj".  ArgumentError: it is held already, or its shape has no such form.
+        """
+        if self.form_of(projection) is not None:
+            raise ArgumentError(f"{projection} is held as {self.form_of(projection)} already")
+        weight = self.get_parameter(projection)
+        values, scales = room(form, weight.shape, weight.device, SEGMENTS[projection])
+        for name, value in {"": values, "_scale": scales, "_form": form}.items():
+            setattr(self, projection + name, value)
+        self.fix_dtypes(projection, f"{projection}_scale")
+
+    def form_of(self, projection: str) -> Form | None:
+        """What a projection is held in; None for a plain one."""
+        return {"gate_up_proj": self.gate_up_proj_form, "down_proj": self.down_proj_form}[projection]
+
 
 def _situation(experts: Experts, hidden_states: Tensor) -> Situation:
-    _, hidden_size, intermediate_size = experts.down_proj.shape
-    return Situation(hidden_states.device.type, experts.down_proj.dtype, hidden_size, intermediate_size)
+    down_form, values = experts.down_proj_form, experts.down_proj.shape
+    _, hidden_size, intermediate_size = values if down_form is None else down_form.weight_shape(values)
+    forms = {form.name: None for form in (experts.gate_up_proj_form, down_form) if form is not None}
+    dtype = _compute_dtype(experts, hidden_states)
+    return Situation(hidden_states.device.type, dtype, hidden_size, intermediate_size, tuple(forms))
+
+
+def _compute_dtype(experts: Experts, hidden_states: Tensor) -> torch.dtype:
+    """That of what is plain, the biases included; that of the states where nothing is."""
+    projections = (experts.gate_up_proj_form, experts.gate_up_proj), (experts.down_proj_form, experts.down_proj)
+    plain = [weight for form, weight in projections if form is None]
+    plain += [bias for bias in (experts.gate_up_proj_bias, experts.down_proj_bias) if bias is not None]
+    return plain[0].dtype if plain else hidden_states.dtype
 
 
 def _runnable(name: str, situation: Situation) -> str:

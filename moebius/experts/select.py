@@ -14,12 +14,16 @@ ALIGNMENT = 16  # bytes: F.grouped_mm refuses other row strides on CUDA
 
 @dataclass(frozen=True)
 class Situation:
-    """What a choice depends on."""
+    """What a choice depends on.
+
+    dtype: of the weights, decoded.  forms: names of the quantized forms that weights are held in.
+    """
 
     device_type: str
     dtype: torch.dtype
     hidden_size: int
     intermediate_size: int
+    forms: tuple[str, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -39,9 +43,15 @@ def backend_obstacles(name: str, situation: Situation) -> list[str]:
     """Every reason why the backend of this name cannot run here; none for a user's backend, which judges itself."""
     match name:
         case "grouped_mm":
-            return _grouped_mm_obstacles(situation)
+            return [*_form_obstacles(situation), *_grouped_mm_obstacles(situation)]
+        case "batched_mm":
+            return _form_obstacles(situation)
         case _:
             return []
+
+
+def _form_obstacles(situation: Situation) -> list[str]:
+    return [f"weights held as {form} (it takes plain ones)" for form in situation.forms]
 
 
 def _grouped_mm_obstacles(situation: Situation) -> list[str]:

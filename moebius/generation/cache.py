@@ -1,6 +1,6 @@
 """The key/value cache: what each attention layer keeps of the tokens it has seen, in storage that stays where it is.
 
-B batch, S capacity in tokens, H_kv key/value heads, D head_dim, P tokens kept so far, T tokens of this step.
+B batch, S capacity in tokens, H_kv key/value heads, D channels of each, P tokens kept so far, T tokens of this step.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebius.config import DecoderConfig, GroupedQueryAttention, Mixer
+from moebius.config import CacheShapes, DecoderConfig
 from moebius.errors import CapacityError
 
 
@@ -22,7 +22,11 @@ class Extent:
 
 
 class KeyValueLayer:
-    """One layer's keys and values, [B, S, H_kv, D], token-major: a step's rows are written next to each other."""
+    """One layer's keys and values, [B, S, H_kv, D] with a D each, token-major: a step's rows are written next to each
+    other. A latent-attention layer keeps its latents and its rotated keys, which all heads share (H_kv is 1).
+
+    All tokens are kept, of a layer with a sliding window too, though it reads only those in sight.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, extent: Extent):
         self.keys, self.values = keys, values
@@ -55,15 +59,10 @@ class KeyValueCache:
     ) -> "KeyValueCache":
         """Allocate for `batch` rows of `capacity` tokens. Raises CapacityError naming the bytes a token takes."""
         extent = Extent(length=0, capacity=capacity)
-        shapes = [(batch, capacity, *_heads(layer.mixer)) for layer in config.layers]
         try:
             layers = [
-                KeyValueLayer(
-                    torch.empty(shape, dtype=dtype, device=device),
-                    torch.empty(shape, dtype=dtype, device=device),
-                    extent,
-                )
-                for shape in shapes
+                KeyValueLayer(*_storage(layer.mixer.cache_shapes, batch, capacity, dtype, device), extent)
+                for layer in config.layers
             ]
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one
             raise CapacityError(_does_not_fit(config, batch, capacity, dtype)) from error
@@ -100,16 +99,15 @@ class KeyValueCache:
 
 
 def cache_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """What one more token of one row takes, over all layers: keys and values."""
-    elements = sum(2 * heads * dim for heads, dim in (_heads(layer.mixer) for layer in config.layers))
-    return elements * dtype.itemsize
+    """What one more token of one row takes, over all layers."""
+    return config.cached_numbers * dtype.itemsize
 
 
-def _heads(mixer: Mixer) -> tuple[int, int]:
-    match mixer:
-        case GroupedQueryAttention(num_key_value_heads=heads, head_dim=dim):
-            return heads, dim
-    raise NotImplementedError(f"no cache for {type(mixer).__name__}")
+def _storage(
+    shapes: CacheShapes, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    keys, values = (torch.empty((batch, capacity, *shape), dtype=dtype, device=device) for shape in shapes)
+    return keys, values
 
 
 def _grown(stored: Tensor, length: int, capacity: int) -> Tensor:

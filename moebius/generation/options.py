@@ -9,12 +9,13 @@ from typing import Any
 
 from moebius.errors import Fault
 
-# Bookkeeping, speed hints, and settings of methods that are off (beams, assistants): they decide no token here.
+# Bookkeeping, speed hints (drafts by multi-token prediction among them), and settings of methods that are off (beams,
+# assistants): they decide no token here.
 INERT = frozenset(
     [
         *("transformers_version", "_from_model_config", "_commit_hash", "_name_or_path"),
         *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache"),
-        *("compile_config", "disable_compile", "prefill_chunk_size", "low_memory"),
+        *("compile_config", "disable_compile", "prefill_chunk_size", "low_memory", "use_mtp"),
         *("early_stopping", "length_penalty", "renormalize_logits", "decoder_start_token_id"),
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size"),
@@ -51,7 +52,6 @@ OFF_VALUES: Mapping[str, tuple[Any, ...]] = {
     "prompt_lookup_num_tokens": (),
     "assistant_early_exit": (),
     "speculation_type": (),
-    "use_mtp": (False,),
     "continuous_batching_config": (),
     "return_dict_in_generate": (False,),
     "output_attentions": (False,),

@@ -9,10 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebius.config import DecoderConfig, DenseMlp, GroupedQueryAttention, LayerConfig, Rope, SparseMoe
+from moebius.config import (
+    DecoderConfig,
+    DenseMlp,
+    GroupedQueryAttention,
+    LatentAttention,
+    LayerConfig,
+    Mixer,
+    Rope,
+    SparseMoe,
+)
 from moebius.errors import ArgumentError, Fault
 from moebius.experts.interface import AUTO, Experts
-from moebius.layers.attention import Cache, GroupedQueryAttentionLayer, LayerCache, causal_mask
+from moebius.layers.attention import Cache, GroupedQueryAttentionLayer, LayerCache
+from moebius.layers.latent_attention import LatentAttentionLayer
+from moebius.layers.masks import causal_masks
 from moebius.layers.mlp import Mlp
 from moebius.layers.moe import SparseMoeBlock
 from moebius.layers.norm import RmsNormLayer
@@ -63,10 +74,20 @@ class DecoderLayer(nn.Module):
                 return self.mlp(hidden_states), None
 
 
-def _mixer(config: LayerConfig, decoder: DecoderConfig) -> GroupedQueryAttentionLayer:
+def _mixer(config: LayerConfig, decoder: DecoderConfig) -> GroupedQueryAttentionLayer | LatentAttentionLayer:
     match config.mixer:
         case GroupedQueryAttention():
             return GroupedQueryAttentionLayer(config.mixer, decoder.hidden_size, decoder.norm)
+        case LatentAttention():
+            return LatentAttentionLayer(config.mixer, decoder.hidden_size)
+
+
+def _window(mixer: Mixer) -> int | None:
+    match mixer:
+        case GroupedQueryAttention():
+            return mixer.sliding_window
+        case LatentAttention():
+            return None
 
 
 def _feed_forward(config: LayerConfig, decoder: DecoderConfig, experts_implementation: str) -> Mlp | SparseMoeBlock:
@@ -85,6 +106,7 @@ class DecoderStack(nn.Module):
     def __init__(self, config: DecoderConfig, *, experts_implementation: str) -> None:
         super().__init__()
         self.ropes: tuple[Rope, ...] = tuple(layer.mixer.rope for layer in config.layers)
+        self.windows: tuple[int | None, ...] = tuple(_window(layer.mixer) for layer in config.layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config, experts_implementation=experts_implementation) for layer in config.layers
@@ -105,11 +127,11 @@ class DecoderStack(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=input_ids.device).unsqueeze(0)
         rotary = {rope: rotary_tables(rope, position_ids, hidden_states.dtype) for rope in set(self.ropes)}
-        mask = causal_mask(attention_mask, tokens, past, hidden_states)
+        masks = causal_masks(set(self.windows), attention_mask, tokens, past, hidden_states)
         choices: list[RouterChoice] = []
-        for number, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
+        for number, (layer, rope, window) in enumerate(zip(self.layers, self.ropes, self.windows, strict=True)):
             layer_cache = None if cache is None else cache.layers[number]
-            hidden_states, choice = layer(hidden_states, rotary[rope], mask, layer_cache)
+            hidden_states, choice = layer(hidden_states, rotary[rope], masks[window], layer_cache)
             choices += [] if choice is None else [choice]
         if cache is not None:
             cache.advance(tokens)
@@ -182,7 +204,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fill every parameter: normal with the config's initializer_range, norms one, biases zero."""
+        """Fill every parameter: normal with the config's initializer_range, norms one, biases zero; buffers zero."""
         roles = self.parameter_roles()
         for name, parameter in self.named_parameters():
             if roles[name] == "norm":
@@ -191,6 +213,8 @@ class Decoder(nn.Module):
                 parameter.zero_()
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def set_experts_implementation(self, name: str) -> None:
         """Run all routed experts by this backend from now on.  BackendError: unknown name."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from moebius.experts.interface import Experts
 from moebius.layers.attention import GroupedQueryAttentionLayer
+from moebius.layers.latent_attention import LatentAttentionLayer
 from moebius.layers.mlp import Mlp
 from moebius.layers.moe import SparseMoeBlock
 from moebius.layers.norm import RmsNormLayer
@@ -36,7 +37,7 @@ def _own_role(module: nn.Module, inherited: Role) -> Role:
             return "embedding"
         case RmsNormLayer():
             return "norm"
-        case GroupedQueryAttentionLayer():
+        case GroupedQueryAttentionLayer() | LatentAttentionLayer():
             return "attention"
         case Router():
             return "router"

@@ -1,4 +1,5 @@
-"""Every backend gives what eager gives in float32: outputs and every gradient, at odd sizes.
+"""Every backend gives what eager gives in float32, and eager what the formula gives: outputs and every gradient, at odd
+sizes, for every activation, with biases and without.
 
 T tokens, K experts a token, E experts, H hidden, I intermediate.
 """
@@ -6,17 +7,20 @@ T tokens, K experts a token, E experts, H hidden, I intermediate.
 import pytest
 import torch
 
-from moebius.config import SoftmaxTopK, SparseMoe
+from moebius.config import Activation, ClampedSwiGLU, SoftmaxTopK, SparseMoe, SwiGLU
 from moebius.experts.interface import ALL_EXPERTS_FUNCTIONS, Experts
 
 HIDDEN, WIDTH = 72, 40
 BACKENDS = ("batched_mm", "grouped_mm")
 EVERY_BACKEND = ("eager", *BACKENDS)
+ACTIVATIONS = (SwiGLU(), ClampedSwiGLU(alpha=1.7, limit=0.7))  # a limit that numbers around one reach, on either side
 
 
-def make_experts(num_experts: int, *, bias: bool = False, seed: int = 0) -> Experts:
-    config = SparseMoe(num_experts, 1, WIDTH, SoftmaxTopK(renormalize=True))
-    experts = Experts(config, HIDDEN, bias=bias)
+def make_experts(
+    num_experts: int, *, bias: bool = False, activation: Activation = ACTIVATIONS[0], seed: int = 0
+) -> Experts:
+    config = SparseMoe(num_experts, 1, WIDTH, SoftmaxTopK(renormalize=True), activation, bias=bias)
+    experts = Experts(config, HIDDEN)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -35,29 +39,67 @@ def make_inputs(tokens: int, top_k: int, num_experts: int, seed: int = 1) -> tup
 def run(name: str, experts: Experts, hidden_states, index, weights) -> dict[str, torch.Tensor]:
     """The output, and the gradients of states, weights and parameters under a fixed random output gradient."""
     states, scores = hidden_states.detach().requires_grad_(), weights.detach().requires_grad_()
-    output = ALL_EXPERTS_FUNCTIONS[name](experts, states, index, scores)
+    output = {**ALL_EXPERTS_FUNCTIONS, "formula": formula}[name](experts, states, index, scores)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(output.dtype)
     leaves = {"hidden_states": states, "top_k_weights": scores, **dict(experts.named_parameters())}
     grads = torch.autograd.grad(output, list(leaves.values()), grad)
     return {"output": output, **dict(zip(leaves, grads, strict=True))}
 
 
+def formula(experts: Experts, hidden_states, index, weights) -> torch.Tensor:
+    """Slot by slot, as it is written down."""
+    biases = experts.gate_up_proj_bias, experts.down_proj_bias
+    gate_up_bias, down_bias = (torch.zeros(experts.num_experts, 1) if bias is None else bias for bias in biases)
+    rows = []
+    for state, ids, scores in zip(hidden_states, index.tolist(), weights, strict=True):
+        row = torch.zeros(HIDDEN)
+        for e, score in zip(ids, scores, strict=True):
+            gate, up = (experts.gate_up_proj[e] @ state + gate_up_bias[e]).split(WIDTH)
+            row = row + score * (experts.down_proj[e] @ activated(experts.activation, gate, up) + down_bias[e])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def activated(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    match activation:
+        case SwiGLU():
+            return gate * torch.sigmoid(gate) * up
+        case ClampedSwiGLU(alpha, limit):
+            gate = torch.where(gate > limit, limit, gate)
+            up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+            return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
 def assert_like_eager(name: str, experts: Experts, *inputs: torch.Tensor) -> None:
-    expected, found = run("eager", experts, *inputs), run(name, experts, *inputs)
+    assert_same(name, run(name, experts, *inputs), run("eager", experts, *inputs))
+
+
+def assert_same(name: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for what, value in expected.items():
         torch.testing.assert_close(found[what], value, rtol=1e-5, atol=1e-5, msg=lambda m, w=what: f"{name} {w}: {m}")
 
 
+def every_layer(test):
+    """Runs the test for each activation, with biases and without."""
+    return pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda each: type(each).__name__)(
+        pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])(test)
+    )
+
+
+@every_layer
+@pytest.mark.parametrize("name", EVERY_BACKEND)
+def test_a_backend_is_the_formula(name, activation, bias):
+    experts, inputs = make_experts(3, bias=bias, activation=activation), make_inputs(7, 2, 3)
+    assert_same(name, run(name, experts, *inputs), run("formula", experts, *inputs))
+
+
+@every_layer
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 130])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(3, 1), (3, 3), (8, 2), (160, 8)])
-def test_a_backend_gives_what_eager_gives(name, tokens, num_experts, top_k):
-    assert_like_eager(name, make_experts(num_experts), *make_inputs(tokens, top_k, num_experts))
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_biases_count_and_learn(name):
-    assert_like_eager(name, make_experts(5, bias=True), *make_inputs(17, 2, 5))
+def test_a_backend_gives_what_eager_gives(name, tokens, num_experts, top_k, activation, bias):
+    experts = make_experts(num_experts, bias=bias, activation=activation)
+    assert_like_eager(name, experts, *make_inputs(tokens, top_k, num_experts))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -120,11 +162,13 @@ def test_bits_repeat_and_inputs_are_left_alone(name):
     assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
 
 
-@pytest.mark.parametrize(("name", "bound"), [("grouped_mm", 1.1), ("batched_mm", 2.0)])
-def test_bfloat16_is_as_near_to_float32_as_eager(name, bound):
-    """batched_mm adds the rows of a weight's gradient in bfloat16, and may be twice as far."""
+@every_layer
+@pytest.mark.parametrize(("name", "bound"), [("grouped_mm", 1.1), ("batched_mm", 2.5)])
+def test_bfloat16_is_as_near_to_float32_as_eager(name, bound, activation, bias):
+    """batched_mm adds the rows of a weight's or bias's gradient in bfloat16, and may be more than twice as far."""
     inputs = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in make_inputs(130, 2, 8)]
-    narrow, exact = make_experts(8).bfloat16(), make_experts(8).bfloat16().float()
+    narrow, exact = (make_experts(8, bias=bias, activation=activation).bfloat16() for _ in range(2))
+    exact.float()
     wide = run("eager", exact, *(tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs))
     judge, found = run("eager", narrow, *inputs), run(name, narrow, *inputs)
     for what, value in wide.items():
@@ -149,16 +193,3 @@ def test_frozen_weights_get_no_gradient(name):
     ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, index, weights).sum().backward()
     assert hidden_states.grad is not None
     assert experts.gate_up_proj.grad is None
-
-
-def test_eager_is_the_formula():
-    experts = make_experts(3)
-    hidden_states, index, weights = make_inputs(4, 2, 3)
-    expected = torch.zeros(4, HIDDEN)
-    for token in range(4):
-        for slot in range(2):
-            e = index[token, slot]
-            gate, up = (experts.gate_up_proj[e] @ hidden_states[token]).split(WIDTH)
-            hidden = gate * torch.sigmoid(gate) * up
-            expected[token] += weights[token, slot] * (experts.down_proj[e] @ hidden)
-    torch.testing.assert_close(run("eager", experts, hidden_states, index, weights)["output"], expected)

@@ -23,8 +23,8 @@ def test_auto_takes_grouped_mm_where_it_can_run(device, dtype, hidden_size, inte
 
 
 def test_every_obstacle_is_named():
-    obstacles = backend_obstacles("grouped_mm", Situation("cuda", torch.float64, 3, 5))
-    assert [obstacle.split()[0] for obstacle in obstacles] == ["dtype", "hidden_size", "intermediate_size"]
+    obstacles = backend_obstacles("grouped_mm", Situation("cuda", torch.float64, 3, 5, ("mxfp4",)))
+    assert [obstacle.split()[0] for obstacle in obstacles] == ["weights", "dtype", "hidden_size", "intermediate_size"]
 
 
 def test_eager_and_a_users_backend_have_no_obstacle_here():

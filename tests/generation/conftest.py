@@ -5,20 +5,16 @@ import functools
 import pytest
 from transformers import GenerationConfig as OracleConfig
 
-from moebius.layers.decoder import Decoder
-from moebius.models import FAMILIES
-from tests.families import make_oracle, tiny_config
+from tests.oracle_tensors import oracle_and_decoder
 from tests.tokenizer_builders import byte_level_bpe
 
 
 @functools.cache
 def decoder_and_oracle(family, **changes):
-    oracle = make_oracle(family, seed=11, **changes)
+    oracle, decoder = oracle_and_decoder(family, changes, "eager", seed=11)
     # What a checkpoint without generation_config.json gives; the fixture's ids would stop most rows early.
     oracle.generation_config = OracleConfig(pad_token_id=0)
-    decoder = Decoder(FAMILIES[family].from_hf(tiny_config(family, **changes)), experts_implementation="eager")
-    decoder.load_state_dict(oracle.state_dict())
-    return decoder.eval(), oracle
+    return decoder, oracle
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ HIDDEN, WIDTH, EXPERTS, TOP_K = 128, 64, 16, 3
 
 def make(dtype: torch.dtype, *, bias: bool = True, tokens: int = 130) -> tuple[Experts, tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
-    experts = Experts(SparseMoe(EXPERTS, TOP_K, WIDTH, SoftmaxTopK(renormalize=True)), HIDDEN, bias=bias)
+    experts = Experts(SparseMoe(EXPERTS, TOP_K, WIDTH, SoftmaxTopK(renormalize=True), bias=bias), HIDDEN)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)

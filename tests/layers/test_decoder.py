@@ -3,6 +3,18 @@
 import pytest
 import torch
 
+from moebius.config import (
+    DecoderConfig,
+    GroupedQueryAttention,
+    LatentAttention,
+    LayerConfig,
+    RmsNorm,
+    Rope,
+    SigmoidTopK,
+    SoftmaxTopK,
+    SparseMoe,
+    TopKSoftmax,
+)
 from moebius.errors import ArgumentError, BackendError
 from moebius.layers.decoder import Decoder
 from moebius.models import family_of
@@ -99,6 +111,57 @@ def test_initialisation_repeats_with_its_generator_and_fills_by_role():
     assert state["model.layers.0.self_attn.q_proj.bias"].eq(0).all()
     assert state["model.layers.0.mlp.experts.gate_up_proj"].std().item() == pytest.approx(0.02, rel=0.1)
     assert state["lm_head.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def decoder_of(mixer, **sparse) -> Decoder:
+    layer = LayerConfig(mixer, SparseMoe(4, 2, 8, **sparse))
+    return Decoder(DecoderConfig("test", 64, 32, 64, (layer,), RmsNorm(1e-6)))
+
+
+LATENT = LatentAttention(4, 24, 16, 12, 8, 10, Rope(1e4, 8, interleaved=True), RmsNorm(1e-6), bias=True)
+SINKS = GroupedQueryAttention(4, 2, 8, Rope(1e4, 8), sliding_window=4, sinks=True)
+
+
+def test_latents_are_attention_and_their_norms_are_norms():
+    roles = decoder_of(LATENT, routing=SoftmaxTopK(True)).parameter_roles()
+    own = {name.removeprefix("model.layers.0.self_attn."): role for name, role in roles.items() if "self_attn" in name}
+    norms = {"q_a_layernorm.weight", "kv_a_layernorm.weight"}
+    assert {name for name, role in own.items() if role == "norm"} == norms
+    projections = {name for name, role in own.items() if role == "attention"}
+    biased = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")
+    plain = {f"{name}.weight" for name in (*biased, "q_b_proj", "kv_b_proj")}
+    assert projections == plain | {f"{name}.bias" for name in biased}
+
+
+def test_sinks_are_attention_and_start_small():
+    decoder = decoder_of(SINKS, routing=TopKSoftmax(), bias=True)
+    assert decoder.parameter_roles()["model.layers.0.self_attn.sinks"] == "attention"
+    with torch.no_grad():
+        decoder.model.layers[0].self_attn.sinks.fill_(float("nan"))
+    decoder.init_weights()
+    assert 0 < decoder.state_dict()["model.layers.0.self_attn.sinks"].abs().max() < 0.2
+    biases = [value for name, value in decoder.state_dict().items() if name.endswith("bias")]
+    assert len(biases) == 3
+    assert not any(bias.any() for bias in biases)
+
+
+def test_buffers_are_initialised_too():
+    with torch.device("meta"):
+        decoder = decoder_of(LATENT, routing=SigmoidTopK(True))
+    decoder.to_empty(device="cpu")
+    correction = dict(decoder.named_buffers())["model.layers.0.mlp.gate.e_score_correction_bias"]
+    correction.fill_(float("nan"))
+    decoder.init_weights()
+    assert not correction.any()
+
+
+@pytest.mark.parametrize("mixer", [LATENT, SINKS], ids=["latent", "sinks"])
+def test_every_parameter_of_every_mixer_learns(mixer):
+    decoder = decoder_of(mixer, routing=SoftmaxTopK(True))
+    decoder.init_weights()
+    decoder(ids(tokens=9) % 64, labels=ids(tokens=9) % 64).loss.backward()
+    without = [name for name, parameter in decoder.named_parameters() if not parameter.grad.any()]
+    assert without == []
 
 
 def test_a_tied_head_is_the_embedding_itself_and_can_be_tied_again():
