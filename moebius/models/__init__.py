@@ -5,14 +5,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from moebius.errors import ConfigError
-from moebius.models import mixtral, olmoe, qwen2, qwen2_moe, qwen3_moe
+from moebius.models import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    kimi,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3_moe,
+)
 from moebius.models.family import Family
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (mixtral, qwen3_moe, qwen2_moe, olmoe, qwen2)
-}
+_BUILT_IN = (
+    mixtral.FAMILY,
+    qwen3_moe.FAMILY,
+    qwen2_moe.FAMILY,
+    olmoe.FAMILY,
+    qwen2.FAMILY,
+    gpt_oss.FAMILY,
+    deepseek_v2.FAMILY,
+    deepseek_v3.FAMILY,
+    kimi.KIMI_K2,
+    kimi.KIMI_K25,
+    glm4_moe.FAMILY,
+    minimax_m2.FAMILY,
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _BUILT_IN}
 
 
 def family_of(raw_config: Mapping[str, Any]) -> Family:

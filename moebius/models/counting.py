@@ -1,12 +1,22 @@
 """How many parameters a DecoderConfig asks for, by role: arithmetic on the config alone, no torch.
 
-E experts, K experts a token, H hidden, V vocabulary.
+Correction biases are not counted: they are never trained by gradient.  E experts, K experts a token, H hidden, I
+expert width, V vocabulary.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 
-from moebius.config import DecoderConfig, DenseMlp, GroupedQueryAttention, LayerConfig, SparseMoe
+from moebius.config import (
+    DecoderConfig,
+    DenseMlp,
+    GroupedQueryAttention,
+    LatentAttention,
+    LayerConfig,
+    Mixer,
+    SparseMoe,
+    TopKSoftmax,
+)
 
 
 @dataclass(frozen=True)
@@ -46,17 +56,39 @@ def _layer(layer: LayerConfig, hidden_size: int) -> Counter[str]:
     return counts
 
 
-def _attention(mixer: GroupedQueryAttention, hidden_size: int) -> dict[str, int]:
+def _attention(mixer: Mixer, hidden_size: int) -> dict[str, int]:
+    match mixer:
+        case GroupedQueryAttention():
+            return _grouped_query_attention(mixer, hidden_size)
+        case LatentAttention():
+            return _latent_attention(mixer, hidden_size)
+
+
+def _grouped_query_attention(mixer: GroupedQueryAttention, hidden_size: int) -> dict[str, int]:
     queries, keys = mixer.num_heads * mixer.head_dim, mixer.num_key_value_heads * mixer.head_dim
     biases = mixer.qkv_bias * (queries + 2 * keys) + mixer.output_bias * hidden_size
     norms = {"none": 0, "head": 2 * mixer.head_dim, "full": queries + keys}[mixer.qk_norm]
-    return {"attention": 2 * hidden_size * (queries + keys) + biases, "norm": norms}
+    return {"attention": 2 * hidden_size * (queries + keys) + biases + mixer.sinks * mixer.num_heads, "norm": norms}
+
+
+def _latent_attention(mixer: LatentAttention, hidden_size: int) -> dict[str, int]:
+    queries = mixer.num_heads * (mixer.qk_nope_head_dim + mixer.qk_rope_head_dim)
+    values = mixer.num_heads * mixer.v_head_dim
+    stored = mixer.kv_lora_rank + mixer.qk_rope_head_dim
+    latent = mixer.q_lora_rank
+    query = hidden_size * queries if latent is None else latent * (hidden_size + queries)
+    keys_values = hidden_size * stored + mixer.kv_lora_rank * (mixer.num_heads * mixer.qk_nope_head_dim + values)
+    biases = mixer.bias * ((latent or 0) + stored + hidden_size)
+    return {
+        "attention": query + keys_values + values * hidden_size + biases,
+        "norm": (latent or 0) + mixer.kv_lora_rank,
+    }
 
 
 def _moe(moe: SparseMoe, hidden_size: int) -> dict[str, int]:
-    shared = moe.shared_expert
+    shared, gate_bias = moe.shared_expert, isinstance(moe.routing, TopKSoftmax)
     counts = {
-        "router": moe.num_experts * hidden_size,
+        "router": moe.num_experts * (hidden_size + gate_bias),
         "routed_experts": moe.num_experts * _expert(moe, hidden_size),
     }
     if shared is None:
@@ -65,7 +97,8 @@ def _moe(moe: SparseMoe, hidden_size: int) -> dict[str, int]:
 
 
 def _expert(moe: SparseMoe, hidden_size: int) -> int:
-    return 3 * hidden_size * moe.intermediate_size
+    biases = moe.bias * (2 * moe.intermediate_size + hidden_size)
+    return 3 * hidden_size * moe.intermediate_size + biases
 
 
 def _idle_experts(layer: LayerConfig, hidden_size: int) -> int:

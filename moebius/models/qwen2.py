@@ -5,19 +5,21 @@ from typing import Any
 from moebius.checkpoint.converter import Rule
 from moebius.config import DecoderConfig, DenseMlp, LayerConfig
 from moebius.errors import ConfigError
-from moebius.models import blocks
+from moebius.models.attention_fields import grouped_mixer, read_attention, read_full_attention_only, write_attention
+from moebius.models.decoder_fields import read_decoder, write_decoder
 from moebius.models.family import Family
+from moebius.models.layer_fields import read_num_layers
 from moebius.models.reading import ConfigReader
 from moebius.models.rules import SKIPPED_KEYS
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
-    blocks.read_full_attention_only(reader)
+    read_full_attention_only(reader)
     reader.must_be("use_mrope", False)
-    mixer = blocks.read_attention(reader, qkv_bias=True)
+    mixer = read_attention(reader, qkv_bias=True)
     dense = DenseMlp(reader.integer("intermediate_size"))
-    layers = (LayerConfig(mixer, dense),) * blocks.read_num_layers(reader)
-    return blocks.read_decoder(reader, "qwen2", layers, eps=1e-6)
+    layers = (LayerConfig(mixer, dense),) * read_num_layers(reader)
+    return read_decoder(reader, "qwen2", layers, eps=1e-6)
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
@@ -25,8 +27,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     if not isinstance(dense, DenseMlp):
         raise ConfigError("a qwen2 config.json cannot say that a layer has experts")
     return {
-        **blocks.write_decoder(config),
-        **blocks.write_attention(blocks.only_mixer(config)),
+        **write_decoder(config),
+        **write_attention(grouped_mixer(config)),
         "intermediate_size": dense.intermediate_size,
         "use_sliding_window": False,
     }

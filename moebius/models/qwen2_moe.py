@@ -5,39 +5,42 @@ from typing import Any
 from moebius.checkpoint.converter import Rule
 from moebius.config import DecoderConfig, SharedExpert, SoftmaxTopK
 from moebius.errors import ConfigError
-from moebius.models import blocks
+from moebius.models.attention_fields import grouped_mixer, read_attention, read_full_attention_only, write_attention
+from moebius.models.decoder_fields import read_decoder, write_decoder, write_router_loss
 from moebius.models.family import Family
+from moebius.models.layer_fields import only_moe, read_moe, read_stepped_layers, routing_of, write_stepped_layers
 from moebius.models.reading import ConfigReader
 from moebius.models.rules import SKIPPED_KEYS, standard_experts
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
-    blocks.read_full_attention_only(reader)
-    mixer = blocks.read_attention(reader, qkv_bias=reader.boolean("qkv_bias", default=True))
-    moe = blocks.read_moe(
+    read_full_attention_only(reader)
+    mixer = read_attention(reader, qkv_bias=reader.boolean("qkv_bias", default=True))
+    moe = read_moe(
         reader,
         width_field="moe_intermediate_size",
         routing=SoftmaxTopK(renormalize=reader.boolean("norm_topk_prob", default=False)),
         shared_expert=SharedExpert(reader.integer("shared_expert_intermediate_size"), gated=True),
     )
-    layers = blocks.read_stepped_layers(reader, mixer, moe)
-    return blocks.read_decoder(reader, "qwen2_moe", layers, eps=1e-6, aux_loss_coef=0.001)
+    layers = read_stepped_layers(reader, mixer, moe)
+    return read_decoder(reader, "qwen2_moe", layers, eps=1e-6, aux_loss_coef=0.001)
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    mixer, moe = blocks.only_mixer(config), blocks.only_moe(config)
+    mixer, moe = grouped_mixer(config), only_moe(config)
     if moe.shared_expert is None:
         raise ConfigError("a qwen2_moe config.json cannot say that there is no shared expert")
     return {
-        **blocks.write_decoder(config),
-        **blocks.write_attention(mixer),
-        **blocks.write_stepped_layers(config),
+        **write_decoder(config),
+        **write_router_loss(config),
+        **write_attention(mixer),
+        **write_stepped_layers(config),
         "qkv_bias": mixer.qkv_bias,
         "moe_intermediate_size": moe.intermediate_size,
         "shared_expert_intermediate_size": moe.shared_expert.intermediate_size,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": moe.routing.renormalize,
+        "norm_topk_prob": routing_of(config, SoftmaxTopK).renormalize,
         "use_sliding_window": False,
     }
 

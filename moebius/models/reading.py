@@ -77,6 +77,17 @@ class ConfigReader:
         found = self._checked(names, "a number, 0 or more", lambda value: _is_number(value) and value >= 0, default)
         return 0.0 if found is None else float(found)
 
+    def optional_positive(self, *names: str) -> float | None:
+        """As `positive`, where absent, null and 0 mean None."""
+        value = self._value(names)
+        absent = value is MISSING or value is None or (_is_number(value) and value == 0)
+        return None if absent else self.positive(*names)
+
+    def share(self, *names: str, default: float) -> float:
+        """A number above 0, up to 1."""
+        expected = "a number above 0, up to 1"
+        return float(self._checked(names, expected, lambda value: _is_number(value) and 0 < value <= 1, default))
+
     def boolean(self, *names: str, default: bool) -> bool:
         return bool(self._checked(names, "true or false", lambda value: isinstance(value, bool), default))
 
@@ -84,6 +95,13 @@ class ConfigReader:
         """One of the supported strings; absent or null means None."""
         choices = tuple(supported)
         return self._checked(names, f"one of {', '.join(choices)}", lambda value: value in choices, None, optional=True)
+
+    def kinds(self, name: str, *, supported: Iterable[str]) -> tuple[str, ...] | None:
+        """A list of the supported strings; absent or null means None."""
+        choices = tuple(supported)
+        expected = f"a list, each one of {', '.join(choices)}"
+        found = self._checked((name,), expected, lambda value: _are_kinds(value, choices), None, optional=True)
+        return None if found is None else tuple(found)
 
     def must_be(self, name: str, supported: object, *, absent: object = MISSING) -> None:
         """Refuse every value but `supported`; an absent field counts as `absent`, which is `supported` unless said."""
@@ -95,7 +113,22 @@ class ConfigReader:
     def section(self, name: str) -> "ConfigReader":
         """A reader of the object at `name`, empty where that is absent or null; `close` it."""
         value = self._checked((name,), "an object", lambda found: isinstance(found, Mapping), None, optional=True)
-        return ConfigReader(value or {}, within=f"{name}.")
+        return ConfigReader(value or {}, within=f"{self._within}{name}.")
+
+    def with_fields(self, fields: Mapping[str, Any]) -> "ConfigReader":
+        """A reader of the same object with these fields put in, or in place of its own."""
+        return ConfigReader({**self.raw, **fields}, within=self._within)
+
+    def joined(self, *names: str, sections: Iterable[str]) -> "ConfigReader":
+        """A reader of these fields and of all fields of these sections, which it knows by dotted names; `close` it.
+
+        So a field that may stand in several places is one with several spellings.
+        """
+        self.ignore(*names)
+        fields = {name: self.raw[name] for name in names if name in self.raw}
+        for section in sections:
+            fields |= {f"{section}.{name}": value for name, value in self.section(section).raw.items()}
+        return ConfigReader(fields, within=self._within)
 
     def close(self, section: "ConfigReader") -> None:
         """Take over a section's faults, fields that it did not read among them."""
@@ -161,7 +194,8 @@ class ConfigReader:
                 self.fault(names[0], "missing", f"expected {expected}")
             return default
         if not valid(value):
-            self.fault(names[0], "value", f"expected {expected}, found {_shown(value)}")
+            spelled = next(name for name in names if self.raw.get(name) is not None)
+            self.fault(spelled, "value", f"expected {expected}, found {_shown(value)}")
             return default
         return value
 
@@ -173,6 +207,10 @@ def _is_integer(value: object, minimum: int, maximum: int) -> bool:
 def _are_integers(value: object, maximum: int) -> bool:
     items = value if isinstance(value, list | tuple) else [value]
     return all(_is_integer(item, 0, maximum) for item in items)
+
+
+def _are_kinds(value: object, choices: tuple[str, ...]) -> bool:
+    return isinstance(value, list | tuple) and all(item in choices for item in value)
 
 
 def _is_number(value: object) -> bool:
