@@ -30,3 +30,23 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
 
     parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
     return {key: tensor.numpy().tobytes() for part in parts for key, tensor in part.items()}
+
+
+def open_in_transformers(folder: Path) -> Any:
+    """The folder in transformers' own class, float32, every key accounted for; kimi_k2 is deepseek_v3 to it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = json.loads((folder / "config.json").read_text())
+    model_type = {"kimi_k2": "deepseek_v3"}.get(raw["model_type"], raw["model_type"])
+    config = AutoConfig.for_model(**{**raw, "model_type": model_type})
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model.eval()

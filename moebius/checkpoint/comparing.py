@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from moebius.checkpoint.conversion import Conversion, Source
-from moebius.checkpoint.files import TensorInfo
+from moebius.checkpoint.encodings import FORM_NAMES, Stored
 from moebius.errors import Fault
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # among these a cast is allowed; the plan shows it
@@ -26,7 +26,7 @@ class Expected(Protocol):
 
 
 def compare_conversion(
-    conversion: Conversion, tensors: Mapping[str, TensorInfo], targets: Mapping[str, Expected]
+    conversion: Conversion, tensors: Mapping[str, Stored], targets: Mapping[str, Expected]
 ) -> list[Fault]:
     """All that is wrong with the sources of one conversion."""
     dtype = targets[conversion.targets[0]].dtype
@@ -36,7 +36,7 @@ def compare_conversion(
     return faults + _dtypes([tensors[source.key] for source in present], dtype)
 
 
-def compare_double(info: TensorInfo, target: Expected, tensors: Mapping[str, TensorInfo]) -> Fault | None:
+def compare_double(info: Stored, target: Expected, tensors: Mapping[str, Stored]) -> Fault | None:
     """A second copy of a tied weight must look like the first; that the bytes are equal is checked at loading."""
     first = next((tensors[key] for key in (target.name, *target.aliases) if key in tensors and key != info.name), None)
     if first is None or (first.shape, first.dtype) == (info.shape, info.dtype):
@@ -88,7 +88,7 @@ def ranges(ids: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans) or "none"
 
 
-def _missing(group: Sequence[Source], tensors: Mapping[str, TensorInfo], dtype: str) -> list[Fault]:
+def _missing(group: Sequence[Source], tensors: Mapping[str, Stored], dtype: str) -> list[Fault]:
     missing = [source for source in group if source.key not in tensors]
     if not missing:
         return []
@@ -111,13 +111,13 @@ def _starred(group: Sequence[Source]) -> str:
     return ".".join(a if a == b else "*" for a, b in zip(first, second, strict=True))
 
 
-def _shape(source: Source, info: TensorInfo) -> Fault | None:
+def _shape(source: Source, info: Stored) -> Fault | None:
     if source.layout.shape == info.shape:
         return None
     return Fault(info.name, "shape", f"expected {list(source.layout.shape)}, found {_seen(info)} in {info.file}")
 
 
-def _dtypes(infos: Sequence[TensorInfo], expected: str) -> list[Fault]:
+def _dtypes(infos: Sequence[Stored], expected: str) -> list[Fault]:
     if not infos:
         return []
     common = Counter(info.dtype for info in infos).most_common(1)[0][0]
@@ -126,11 +126,11 @@ def _dtypes(infos: Sequence[TensorInfo], expected: str) -> list[Fault]:
         for info in infos
         if info.dtype != common
     ]
-    if common != expected and not (common in FLOATS and expected in FLOATS):
+    if common != expected and not (common in (*FLOATS, *FORM_NAMES) and expected in FLOATS):
         detail = f"found {common} in {infos[0].file}, expected {expected}; only floats are cast"
         faults.append(Fault(infos[0].name, "dtype", detail))
     return faults
 
 
-def _seen(info: TensorInfo) -> str:
+def _seen(info: Stored) -> str:
     return f"{list(info.shape)} {info.dtype}"

@@ -5,25 +5,31 @@ pattern must reach the end of the key.  It is never searched for inside a segmen
 match `shared_experts`.  What a pattern leaves out in front (the layer, say) is carried over unchanged.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from moebius.checkpoint.operations import MergeModulelist, Operation, SplitModulelist
 from moebius.errors import ArgumentError
 
 STAR = "*"
+BELOW = ".**"
+
+
+INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
+"""A whole segment of ASCII decimals without a leading zero."""
 
 
 @lru_cache(maxsize=1 << 16)
 def is_index(segment: str) -> bool:
-    """ASCII decimals without a leading zero."""
-    return segment.isascii() and segment.isdecimal() and (segment == "0" or segment[0] != "0")
+    return INDEX.fullmatch(segment) is not None
 
 
 def template_of(key: str) -> str:
     """The key with `*` for every index: model.layers.3.mlp.experts.17.up_proj.weight -> model.layers.*.mlp..."""
-    return ".".join(STAR if is_index(segment) else segment for segment in key.split("."))
+    return INDEX.sub(STAR, key)
 
 
 def fits_template(patterns: "Sequence[Pattern]", template: str) -> bool:
@@ -32,8 +38,7 @@ def fits_template(patterns: "Sequence[Pattern]", template: str) -> bool:
     return any(template == text or template.endswith(f".{text}") for text in wanted)
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """A pattern's fit on a key.  prefix: what stands in front, with its dot.  indices: one a `*`, in order."""
 
     prefix: str
@@ -56,20 +61,29 @@ class Pattern:
     def stars(self) -> int:
         return self.segments.count(STAR)
 
+    @cached_property
+    def _places(self) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
+        """The positions of the stars, and those of the other segments with what stands there."""
+        numbered = tuple(enumerate(self.segments))
+        stars = tuple(at for at, part in numbered if part == STAR)
+        return stars, tuple((at, part) for at, part in numbered if part != STAR)
+
     def match(self, key: str) -> Match | None:
         """The fit on a key, or None."""
-        parts = key.split(".")
-        lead = len(parts) - len(self.segments)
-        if lead < 0:
+        length = len(self.segments)
+        parts = key.rsplit(".", length)
+        if len(parts) < length:
             return None
-        tail = parts[lead:]
-        if not all(
-            is_index(part) if wanted == STAR else part == wanted
-            for wanted, part in zip(self.segments, tail, strict=True)
-        ):
-            return None
-        indices = (int(part) for wanted, part in zip(self.segments, tail, strict=True) if wanted == STAR)
-        return Match("".join(f"{part}." for part in parts[:lead]), tuple(indices))
+        prefix = f"{parts[0]}." if len(parts) > length else ""
+        tail = parts[-length:]
+        stars, others = self._places
+        for at, wanted in others:
+            if tail[at] != wanted:
+                return None
+        for at in stars:
+            if not is_index(tail[at]):
+                return None
+        return Match(prefix, tuple([int(tail[at]) for at in stars]))
 
     def fill(self, prefix: str, indices: Sequence[int | str]) -> str:
         """The key with `prefix` in front and `indices` in the stars' places."""
@@ -93,6 +107,7 @@ class WeightConverter:
     sources: tuple[Pattern, ...]
     targets: tuple[Pattern, ...]
     operations: tuple[Operation, ...]
+    _hash: int = field(repr=False, compare=False)
 
     def __init__(
         self,
@@ -103,7 +118,11 @@ class WeightConverter:
         object.__setattr__(self, "sources", _patterns(source_patterns))
         object.__setattr__(self, "targets", _patterns(target_patterns))
         object.__setattr__(self, "operations", tuple(operations))
+        object.__setattr__(self, "_hash", hash((self.sources, self.targets, self.operations)))
         self._check()
+
+    def __hash__(self) -> int:  # a rule is looked up for every key, and is deep
+        return self._hash
 
     def _check(self) -> None:
         for patterns in (self.sources, self.targets):
@@ -166,17 +185,93 @@ class WeightRenaming(WeightConverter):
 
 @dataclass(frozen=True, init=False)
 class WeightSkip:
-    """Keys that the model does not use, with the reason that the plan prints."""
+    """Keys that the model does not use, with the reason that the plan prints.
+
+    pattern: as a WeightConverter's; with `**` at its end it anchors at the key's start and fits all that lies below it:
+    "vision_tower.**".  first: only where the first index is this or a later one: ("model.layers.*.**", first=61).
+    """
 
     pattern: Pattern
     reason: str
+    below: bool
+    first: int
 
-    def __init__(self, pattern: str, reason: str):
-        object.__setattr__(self, "pattern", Pattern(pattern))
+    def __init__(self, pattern: str, reason: str, *, first: int = 0):
+        below = pattern.endswith(BELOW)
+        object.__setattr__(self, "pattern", Pattern(pattern.removesuffix(BELOW)))
         object.__setattr__(self, "reason", reason)
+        object.__setattr__(self, "below", below)
+        object.__setattr__(self, "first", first)
+
+    def fits(self, template: str) -> bool:
+        """May a key of this template be one?"""
+        if self.below:
+            return template.startswith(f"{template_of(self.pattern.text)}.")
+        return fits_template((self.pattern,), template)
+
+    def match(self, key: str) -> bool:
+        """Is this one of the keys?"""
+        fit = self._fit(key)
+        return fit is not None and (not fit.indices or fit.indices[0] >= self.first)
+
+    def _fit(self, key: str) -> Match | None:
+        if not self.below:
+            return self.pattern.match(key)
+        parts, length = key.split("."), len(self.pattern.segments)
+        return self.pattern.match(".".join(parts[:length])) if len(parts) > length else None
 
 
-Rule = WeightConverter | WeightSkip
+@dataclass(frozen=True)
+class PrefixRenaming:
+    """A head of keys, in whole segments, that all other rules see as `target`:
+    PrefixRenaming("language_model.model", "model").
+    """
+
+    source: str
+    target: str
+
+    def renamed(self, key: str) -> str | None:
+        """The key as other rules see it; None if it has another head."""
+        return _with_head(key, self.source, self.target)
+
+    def stored(self, name: str) -> str | None:
+        """The key that `renamed` makes this name of."""
+        return _with_head(name, self.target, self.source)
+
+
+def _with_head(key: str, old: str, new: str) -> str | None:
+    return f"{new}.{key[len(old) + 1 :]}" if key.startswith(f"{old}.") else None
+
+
+Rule = WeightConverter | WeightSkip | PrefixRenaming
+
+
+def renamed_key(key: str, renamings: Iterable[PrefixRenaming]) -> str:
+    """The key as rules see it."""
+    return next((name for rule in renamings if (name := rule.renamed(key)) is not None), key)
+
+
+def stored_key(name: str, renamings: Iterable[PrefixRenaming]) -> str:
+    """The key in the files, from the one that rules see."""
+    return next((key for rule in renamings if (key := rule.stored(name)) is not None), name)
+
+
+def scale_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules that bring the scales of quantized weights where `rules` bring their values.
+
+    The twin of a rule from `...weight` to T goes from `...weight_scale` to T_scale.
+    """
+    converters = (rule for rule in rules if isinstance(rule, WeightConverter))
+    return tuple(_scale_twin(rule) for rule in converters if all(_is_weight(pattern) for pattern in rule.sources))
+
+
+def _scale_twin(rule: WeightConverter) -> WeightConverter:
+    sources, targets = ([f"{pattern.text}_scale" for pattern in side] for side in (rule.sources, rule.targets))
+    return WeightConverter(sources, targets, rule.operations)
+
+
+def _is_weight(pattern: Pattern) -> bool:
+    return pattern.segments[-1] == "weight"
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[Pattern, ...]:

@@ -49,7 +49,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "rows": [asdict(row) for row in _rows(plan)],
         "skipped": [{"key": info.name, "bytes": info.nbytes, "reason": reason} for info, reason in plan.skipped],
         "tied": [{"key": info.name, "target": target} for info, target in plan.doubles],
-        "tensors": len(plan.reads),
+        "tensors": len(plan.reads) + len(plan.decodes),
         "parameters": len(plan.targets),
         "bytes_to_read": plan.bytes_to_read,
         "target_bytes": plan.target_bytes,
@@ -63,13 +63,13 @@ def _rows(plan: Plan) -> list[Row]:
     for conversion in plan.conversions:
         tally = groups.setdefault(_way(plan, conversion), [0, 0])
         tally[0] += len(conversion.keys)
-        tally[1] += sum(plan.files.tensors[key].nbytes for key in conversion.keys)
+        tally[1] += sum(plan.stored[key].nbytes for key in conversion.keys)
     return [Row(count, nbytes, *way) for way, (count, nbytes) in groups.items()]
 
 
 def _way(plan: Plan, conversion: Conversion) -> tuple[str, str, tuple[str, ...], str]:
     """What the conversions of one row have in common: sources, targets, operations, casts."""
-    found, wanted = plan.files.tensors[conversion.keys[0]].dtype, plan.targets[conversion.targets[0]].dtype
+    found, wanted = plan.stored[conversion.keys[0]].dtype, plan.targets[conversion.targets[0]].dtype
     casts = found if found == wanted else f"{found} -> {wanted}"
     if conversion.rule is None:
         return *_copy(conversion.keys, conversion.targets), (), casts
@@ -92,7 +92,7 @@ def _row_line(row: Row) -> str:
 
 def _totals(plan: Plan) -> str:
     shards = "1 file" if len(plan.files.shards) == 1 else f"{len(plan.files.shards)} files"
-    counts = f"{len(plan.reads):,} tensors in {shards} -> {len(plan.targets):,} parameters"
+    counts = f"{len(plan.reads) + len(plan.decodes):,} tensors in {shards} -> {len(plan.targets):,} parameters"
     rest = f"skipped {len(plan.skipped)}, missing 0, unexpected 0"
     return f"{counts}; {rest}\nreads {size(plan.bytes_to_read)}; peak memory {size(plan.peak_bytes)}"
 

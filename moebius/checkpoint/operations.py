@@ -8,15 +8,14 @@ loads and saves.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class LayoutError(ValueError):
     """An operation cannot be applied to these shapes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """A strided box of a tensor: element (i_0, ..., i_n) of the box lies at start + sum_d i_d * steps[d] on axes[d].
 
     start: an index an axis of the tensor.  axes, steps: one a dimension of the box.
@@ -45,8 +44,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """`shape` elements of the tensor `name` at `origin`, which lie at `place` in the tensor whose layout holds this."""
 
     name: str
@@ -55,8 +53,7 @@ class Part:
     place: Region
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
@@ -235,39 +232,51 @@ def _with_axis(part: Part, axis: int, index: int) -> Part:
     place = part.place
     start = (*place.start[:axis], index, *place.start[axis:])
     axes = tuple(old + (old >= axis) for old in place.axes)
-    return replace(part, place=Region(start, axes, place.steps))
+    return _at(part, Region(start, axes, place.steps))
+
+
+def _at(part: Part, place: Region) -> Part:
+    """The part at another place."""
+    return Part(part.name, part.shape, part.origin, place)
 
 
 def _select(layout: Layout, axis: int, index: int) -> Layout:
     """The layout at one index of an axis, without the axis."""
-    narrowed = _narrow(layout, axis, index, 1)
-    parts = tuple(_without_axis(part, axis) for part in narrowed.parts)
+    parts = tuple(kept for part in layout.parts if (kept := _select_part(part, axis, index)))
     return Layout((*layout.shape[:axis], *layout.shape[axis + 1 :]), parts)
 
 
-def _without_axis(part: Part, axis: int) -> Part:
-    kept = [dim for dim, old in enumerate(part.place.axes) if old != axis]  # a dim on that axis has one element left
-    start = (*part.place.start[:axis], *part.place.start[axis + 1 :])
-    axes = tuple(part.place.axes[dim] - (part.place.axes[dim] > axis) for dim in kept)
-    place = Region(start, axes, tuple(part.place.steps[dim] for dim in kept))
-    origin = replace(
-        part.origin,
-        axes=tuple(part.origin.axes[dim] for dim in kept),
-        steps=tuple(part.origin.steps[dim] for dim in kept),
-    )
-    return Part(part.name, tuple(part.shape[dim] for dim in kept), origin, place)
+def _select_part(part: Part, axis: int, index: int) -> Part | None:
+    """What of a part lies at one index of an axis, without the axis; None if nothing does."""
+    name, shape, origin, place = part
+    start = (*place.start[:axis], *place.start[axis + 1 :])
+    if axis not in place.axes:
+        axes = tuple(old - (old > axis) for old in place.axes)
+        return Part(name, shape, origin, Region(start, axes, place.steps)) if place.start[axis] == index else None
+    dim = place.axes.index(axis)
+    at, between = divmod(index - place.start[axis], place.steps[dim])
+    if between or not 0 <= at < shape[dim]:
+        return None
+    axes = tuple(old - (old > axis) for old in _without(place.axes, dim))
+    moved = _moved(origin, origin.axes[dim], at * origin.steps[dim]).start
+    there = Region(moved, _without(origin.axes, dim), _without(origin.steps, dim))
+    return Part(name, _without(shape, dim), there, Region(start, axes, _without(place.steps, dim)))
+
+
+def _without(numbers: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return numbers[:dim] + numbers[dim + 1 :]
 
 
 def _narrow(layout: Layout, axis: int, start: int, size: int) -> Layout:
-    parts = [kept for part in layout.parts if (kept := _narrow_part(part, axis, start, size))]
+    parts = [kept for part in layout.parts if (kept := narrow_part(part, axis, start, size))]
     return Layout((*layout.shape[:axis], size, *layout.shape[axis + 1 :]), tuple(parts))
 
 
-def _narrow_part(part: Part, axis: int, start: int, size: int) -> Part | None:
+def narrow_part(part: Part, axis: int, start: int, size: int) -> Part | None:
     """What of a part lies in [start, start + size) of an axis, counted from `start`; None if nothing does."""
     at = part.place.start[axis] - start
     if axis not in part.place.axes:
-        return replace(part, place=_moved(part.place, axis, -start)) if 0 <= at < size else None
+        return _at(part, _moved(part.place, axis, -start)) if 0 <= at < size else None
     dim = part.place.axes.index(axis)
     step = part.place.steps[dim]
     first = max(0, -(at // step))
@@ -281,7 +290,7 @@ def _narrow_part(part: Part, axis: int, start: int, size: int) -> Part | None:
 
 def _moved(region: Region, axis: int, by: int) -> Region:
     start = (*region.start[:axis], region.start[axis] + by, *region.start[axis + 1 :])
-    return replace(region, start=start)
+    return Region(start, region.axes, region.steps)
 
 
 def _join(layouts: Sequence[Layout], axis: int) -> Layout:
@@ -291,7 +300,7 @@ def _join(layouts: Sequence[Layout], axis: int) -> Layout:
         raise LayoutError(f"shapes {[list(layout.shape) for layout in layouts]} cannot be joined along axis {axis}")
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     parts = [
-        replace(part, place=_moved(part.place, axis, start))
+        _at(part, _moved(part.place, axis, start))
         for layout, start in zip(layouts, starts, strict=True)
         for part in layout.parts
     ]
@@ -305,9 +314,9 @@ def _swap(layout: Layout, axis0: int, axis1: int) -> Layout:
         _size(layout, axis)
     order[axis0], order[axis1] = axis1, axis0
     parts = [
-        replace(
+        _at(
             part,
-            place=Region(
+            Region(
                 tuple(part.place.start[axis] for axis in order),
                 tuple(order[axis] for axis in part.place.axes),
                 part.place.steps,
@@ -332,13 +341,13 @@ def _stretched(part: Part, axis: int, shift: int) -> Part:
     """Row i of the axis goes to row 2 * i + shift."""
     place = _moved(part.place, axis, part.place.start[axis] + shift)
     steps = tuple(step * (2 if at == axis else 1) for step, at in zip(place.steps, place.axes, strict=True))
-    return replace(part, place=replace(place, steps=steps))
+    return _at(part, Region(place.start, place.axes, steps))
 
 
 def _deinterleave(layout: Layout, axis: int) -> Layout:
     half = _half(layout, axis)
     parts = [
-        replace(row, place=_moved(row.place, axis, shift * half))
+        _at(row, _moved(row.place, axis, shift * half))
         for shift in (0, 1)
         for part in layout.parts
         if (row := _every_other(part, axis, shift))
@@ -357,13 +366,13 @@ def _every_other(part: Part, axis: int, shift: int) -> Part | None:
     """What of a part lies on rows 2 * i + shift of an axis, as row i; None if nothing does."""
     at = part.place.start[axis]
     if axis not in part.place.axes:
-        return replace(part, place=_moved(part.place, axis, at // 2 - at)) if at % 2 == shift else None
+        return _at(part, _moved(part.place, axis, at // 2 - at)) if at % 2 == shift else None
     dim = part.place.axes.index(axis)
     step, count = part.place.steps[dim], part.shape[dim]
     if step % 2 == 0:  # the part lies on one of the two kinds of rows
         steps = (*part.place.steps[:dim], step // 2, *part.place.steps[dim + 1 :])
-        place = replace(_moved(part.place, axis, at // 2 - at), steps=steps)
-        return replace(part, place=place) if at % 2 == shift else None
+        place = Region(_moved(part.place, axis, at // 2 - at).start, part.place.axes, steps)
+        return _at(part, place) if at % 2 == shift else None
     first = (at + shift) % 2
     kept = -((first - count) // 2)
     if kept <= 0:
@@ -373,4 +382,4 @@ def _every_other(part: Part, axis: int, shift: int) -> Part | None:
     origin = _moved(part.origin, part.origin.axes[dim], first * part.origin.steps[dim])
     origin_steps = (*origin.steps[:dim], origin.steps[dim] * 2, *origin.steps[dim + 1 :])
     shape = (*part.shape[:dim], kept, *part.shape[dim + 1 :])
-    return Part(part.name, shape, replace(origin, steps=origin_steps), place)
+    return Part(part.name, shape, Region(origin.start, origin.axes, origin_steps), place)

@@ -7,22 +7,35 @@ All faults are gathered and raised in one CheckpointError.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from moebius.checkpoint import describe
 from moebius.checkpoint.comparing import NAMED_KEYS, compare_conversion, compare_double, gathered, ranges
 from moebius.checkpoint.conversion import Conversion, copied, expand
-from moebius.checkpoint.converter import Match, Rule, WeightConverter, WeightSkip, fits_template, template_of
+from moebius.checkpoint.converter import (
+    Match,
+    PrefixRenaming,
+    Rule,
+    WeightConverter,
+    WeightSkip,
+    fits_template,
+    scale_rules,
+    stored_key,
+    template_of,
+)
 from moebius.checkpoint.coverage import uncovered
+from moebius.checkpoint.encodings import Constant, Encoded, Stored, pieces, view
 from moebius.checkpoint.files import ITEM_BYTES, CheckpointFiles, TensorInfo, fault_error
 from moebius.checkpoint.operations import LayoutError, Part
 from moebius.errors import ArgumentError, Fault
+from moebius.quantization.forms import Form
 
 Place = tuple[WeightConverter, Match]  # a rule, and where in the model it is applied
 ADVICE = "fetch the checkpoint again; if config.json was edited, put back what it said"
 STAGING_BYTES = 1 << 20  # for what cannot be read straight into place; small enough to stay in the cache
+DECODING_BYTES = 24 << 20  # for what is decoded: stored bytes, the same in float32, and what the arithmetic needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +60,42 @@ class Read:
     parts: tuple[Part, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A stored quantized weight and where it goes once it is decoded; parts: as a Read's."""
+
+    info: Encoded
+    parts: tuple[Part, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What loading will do.  reads: in the files' order.  skipped: (tensor, reason).  doubles: (second copy of a tied
-    weight, its target), which must equal the first.
+    """What loading will do.
+
+    stored: the files' tensors by the keys that rules see.  reads, decodes: in the files' order.  skipped: (tensor,
+    reason).  doubles: (second copy of a tied weight, its target), which must equal the first.  constants: compared,
+    too.
     """
 
     files: CheckpointFiles
+    stored: Mapping[str, Stored]
     targets: Mapping[str, Target]
     conversions: tuple[Conversion, ...]
     reads: tuple[Read, ...]
+    decodes: tuple[Decode, ...]
     skipped: tuple[tuple[TensorInfo, str], ...]
     doubles: tuple[tuple[TensorInfo, str], ...]
+    constants: tuple[Constant, ...]
 
     @cached_property
     def bytes_to_read(self) -> int:
-        return sum(read.info.nbytes for read in self.reads) + sum(info.nbytes for info, _ in self.doubles)
+        others = (*(info for info, _ in self.doubles), *(constant.info for constant in self.constants))
+        return sum(info.nbytes for info in (*(way.info for way in (*self.reads, *self.decodes)), *others))
+
+    @cached_property
+    def encoded(self) -> Mapping[str, Form]:
+        """The targets whose stored form is quantized and is decoded while it is read."""
+        return {part.name: decode.info.form for decode in self.decodes for part in decode.parts}
 
     @cached_property
     def target_bytes(self) -> int:
@@ -71,7 +104,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Memory that loading needs at its peak: the model once, and one staging buffer."""
-        return self.target_bytes + STAGING_BYTES
+        return self.target_bytes + (DECODING_BYTES if self.decodes else STAGING_BYTES)
 
     def __str__(self) -> str:
         return describe.table(self)
@@ -82,38 +115,56 @@ class Plan:
 
 
 def plan(
-    files: CheckpointFiles, rules: Iterable[Rule], targets: Iterable[Target], overrides: Iterable[Rule] = ()
+    files: CheckpointFiles,
+    rules: Iterable[Rule],
+    targets: Iterable[Target],
+    overrides: Iterable[Rule] = (),
+    *,
+    form: Form | None = None,
+    keep: bool = False,
 ) -> Plan:
     """Plans how `files` fill `targets`.
 
     rules: the family's.  overrides: the user's; where one of them finds its keys, it is taken before the family's.
+    form: in which weights may be stored; they are decoded while they are read, or, with `keep`, their values and
+    scales fill targets of their own: T and T_scale.
     Raises CheckpointError with all faults: missing, unexpected, extra or doubly claimed keys, gaps in an index, wrong
     shapes and dtypes, layouts mixed within one parameter.  Raises ArgumentError for overrides that no key fits.
     """
-    planner = _Planner(files, tuple(overrides), tuple(rules), {target.name: target for target in targets})
-    planner.refuse_idle_overrides()
+    tiers = [(*tier, *scale_rules(tier)) if keep else tuple(tier) for tier in (overrides, rules)]
+    planner = _Planner(files, tiers, {target.name: target for target in targets}, form, keep)
+    planner.refuse_idle_overrides(tuple(overrides))
     return planner.run()
 
 
 class _Planner:
     def __init__(
-        self, files: CheckpointFiles, overrides: Sequence[Rule], rules: Sequence[Rule], targets: Mapping[str, Target]
+        self,
+        files: CheckpointFiles,
+        tiers: Sequence[Sequence[Rule]],
+        targets: Mapping[str, Target],
+        form: Form | None,
+        keep: bool,
     ):
+        everything = [rule for tier in tiers for rule in tier]
         self.files, self.targets = files, targets
+        self.renamings = [rule for rule in everything if isinstance(rule, PrefixRenaming)]
+        seen = view(files, self.renamings, form, keep)
+        self.tensors, self.constants = seen.tensors, seen.constants
         self.shapes = {name: target.shape for name, target in targets.items()}
-        self.stored = {key: info.shape for key, info in files.tensors.items()}
-        self.tiers = [[rule for rule in tier if isinstance(rule, WeightConverter)] for tier in (overrides, rules)]
-        self.skips = [rule for rule in (*overrides, *rules) if isinstance(rule, WeightSkip)]
-        self.faults: list[Fault] = []
+        self.stored = {key: info.shape for key, info in self.tensors.items()}
+        self.tiers = [[rule for rule in tier if isinstance(rule, WeightConverter)] for tier in tiers]
+        self.skips = [rule for rule in everything if isinstance(rule, WeightSkip)]
+        self.faults: list[Fault] = list(seen.faults)
         self.claims: dict[str, Conversion] = {}
         self.filled: dict[str, Conversion] = {}
-        self.found = _route(files.tensors, [rule for tier in self.tiers for rule in tier])
+        self.found = _route(self.tensors, [rule for tier in self.tiers for rule in tier])
         self.by_template: dict[str, list[list[WeightConverter]]] = {}
 
-    def refuse_idle_overrides(self) -> None:
+    def refuse_idle_overrides(self, overrides: Sequence[Rule]) -> None:
         """A user's converter that does nothing was meant to do something; what else is wrong may follow from it."""
-        at_work = [rule for rule, _ in self.found]
-        if idle := [rule for rule in self.tiers[0] if rule not in at_work]:
+        at_work = {rule for rule, _ in self.found}
+        if idle := [rule for rule in overrides if isinstance(rule, WeightConverter) and rule not in at_work]:
             raise ArgumentError(
                 f"weight_conversions: no key in {self.files.folder} fits",
                 faults=[Fault(str(rule), "no key fits it") for rule in idle],
@@ -126,11 +177,25 @@ class _Planner:
                 self._fill(name)
         doubles = self._doubles()
         skipped = self._skipped()
-        self._leftovers({info.name for info, _ in (*doubles, *skipped)})
+        self._leftovers({*doubles, *skipped})
         if self.faults:
-            raise fault_error(self.files.folder, gathered(self.faults, self.stored, self.claims), ADVICE)
+            raise fault_error(self.files.folder, self._faults(), ADVICE)
         conversions = tuple(dict.fromkeys(self.filled.values()))
-        return Plan(self.files, self.targets, conversions, self._reads(conversions), skipped, doubles)
+        return Plan(
+            self.files,
+            self.tensors,
+            self.targets,
+            conversions,
+            *self._ways(conversions),
+            tuple((info, reason) for key, reason in skipped.items() for info in pieces(self.tensors[key])),
+            tuple((info, name) for key, name in doubles.items() for info in pieces(self.tensors[key])),
+            self.constants,
+        )
+
+    def _faults(self) -> list[Fault]:
+        """All faults, keys spelled as the files spell them."""
+        faults = gathered(self.faults, self.stored, self.claims)
+        return [replace(fault, where=stored_key(fault.where, self.renamings)) for fault in faults]
 
     # --- from targets to keys ---
 
@@ -145,11 +210,11 @@ class _Planner:
         for target in conversion.targets:
             self.filled[target] = conversion
         self._claim(conversion)
-        self.faults.extend(compare_conversion(conversion, self.files.tensors, self.targets))
+        self.faults.extend(compare_conversion(conversion, self.tensors, self.targets))
 
     def _refuse_mixture(self, name: str, forms: Sequence[Conversion]) -> None:
         present = ([key for key in form.keys if key in self.stored] for form in forms)
-        held = " and ".join(f"{keys[0]} ({self.files.tensors[keys[0]].file})" for keys in present if keys)
+        held = " and ".join(f"{keys[0]} ({self.tensors[keys[0]].file})" for keys in present if keys)
         self.faults.append(Fault(name, "two layouts at once", f"the files hold {held}"))
         for form in forms[1:]:  # their keys are part of this fault, not unexpected ones
             self.claims |= {key: form for key in form.keys if key not in self.claims}
@@ -160,9 +225,14 @@ class _Planner:
         forms = self._present(name, overrides)
         if forms:
             return forms
+        return self._copies(name, rules) + self._present(name, rules)
+
+    def _copies(self, name: str, rules: Iterable[WeightConverter]) -> list[Conversion]:
+        """The target as it is, under one of its names, unless a rule says what a key of that name holds."""
         target = self.targets[name]
         keys = [key for key in (name, *target.aliases) if key in self.stored][:1]
-        return [copied(name, target.shape, key) for key in keys] + self._present(name, rules)
+        taken = any(rule.match_source(key) for rule in rules for key in keys)
+        return [] if taken else [copied(name, target.shape, key) for key in keys]
 
     def _rules_for(self, name: str) -> list[list[WeightConverter]]:
         template = template_of(name)
@@ -201,28 +271,31 @@ class _Planner:
 
     # --- keys that no target asked for ---
 
-    def _doubles(self) -> tuple[tuple[TensorInfo, str], ...]:
-        """Second copies of tied weights."""
-        doubles = [
-            (self.files.tensors[key], target)
+    def _doubles(self) -> dict[str, str]:
+        """Key -> target, of second copies of tied weights."""
+        doubles = {
+            key: target
             for target in self.targets.values()
             for key in target.aliases
             if key in self.stored and key not in self.claims
-        ]
-        self.faults.extend(
-            fault for info, target in doubles if (fault := compare_double(info, target, self.files.tensors))
-        )
-        return tuple((info, target.name) for info, target in doubles)
+        }
+        faults = (compare_double(self.tensors[key], target, self.tensors) for key, target in doubles.items())
+        self.faults.extend(fault for fault in faults if fault)
+        return {key: target.name for key, target in doubles.items()}
 
-    def _skipped(self) -> tuple[tuple[TensorInfo, str], ...]:
-        skipped = []
-        for key, info in self.files.tensors.items():
-            rule = next((rule for rule in self.skips if rule.pattern.match(key)), None)
+    def _skipped(self) -> dict[str, str]:
+        """Key -> reason, of what the model does not use."""
+        skipped, fits = {}, dict[str, list[WeightSkip]]()
+        for key in self.tensors:
+            template = template_of(key)
+            if template not in fits:
+                fits[template] = [rule for rule in self.skips if rule.fits(template)]
+            rule = next((rule for rule in fits[template] if rule.match(key)), None)
             if rule and key in self.claims:
                 self.faults.append(Fault(key, "claimed twice", f"for {self.claims[key].targets[0]} and to be skipped"))
             elif rule:
-                skipped.append((info, rule.reason))
-        return tuple(skipped)
+                skipped[key] = rule.reason
+        return skipped
 
     def _leftovers(self, known: set[str]) -> None:
         places = {key: place for place, keys in self.found.items() for key in keys}
@@ -232,7 +305,7 @@ class _Planner:
             if place and self._list_length(place):
                 extras[place, place[0].list_name(key)].append(key)
             else:
-                detail = f"in {self.files.tensors[key].file}; no parameter of the model takes it"
+                detail = f"in {self.tensors[key].file}; no parameter of the model takes it"
                 self.faults.append(Fault(key, "unexpected", detail))
         for (place, name), keys in extras.items():
             self.faults.extend(self._extra(place, name, keys))
@@ -247,19 +320,22 @@ class _Planner:
         detail = f"ids found: {ids}; the model holds 0-{self._list_length(place) - 1}"
         if len(keys) > NAMED_KEYS:
             return [Fault(name, "extra index", detail)]
-        return [Fault(key, "extra index", f"in {self.files.tensors[key].file}; {detail}") for key in keys]
+        return [Fault(key, "extra index", f"in {self.tensors[key].file}; {detail}") for key in keys]
 
     # --- the result ---
 
-    def _reads(self, conversions: Sequence[Conversion]) -> tuple[Read, ...]:
+    def _ways(self, conversions: Sequence[Conversion]) -> tuple[tuple[Read, ...], tuple[Decode, ...]]:
         sources = {source.key: source for form in conversions for group in form.sources for source in group}
         order = {shard.path.name: number for number, shard in enumerate(self.files.shards)}
-        infos = sorted((self.files.tensors[key] for key in sources), key=lambda info: (order[info.file], info.offset))
-        reads = tuple(Read(info, sources[info.name].layout.parts) for info in infos)
-        faults = uncovered(self.shapes, (part for read in reads for part in read.parts))
+        found = sorted(
+            ((self.tensors[key], source.layout.parts) for key, source in sources.items()),
+            key=lambda way: (order[way[0].file], way[0].offset),
+        )
+        faults = uncovered(self.shapes, (part for _, parts in found for part in parts))
         if faults:
             raise fault_error(self.files.folder, faults)
-        return reads
+        reads = tuple(Read(info, parts) for info, parts in found if isinstance(info, TensorInfo))
+        return reads, tuple(Decode(info, parts) for info, parts in found if isinstance(info, Encoded))
 
 
 def _route(keys: Iterable[str], rules: Sequence[WeightConverter]) -> dict[Place, list[str]]:

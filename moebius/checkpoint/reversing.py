@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moebius.checkpoint.conversion import Conversion, copied, expand
-from moebius.checkpoint.converter import Rule, WeightConverter
+from moebius.checkpoint.converter import PrefixRenaming, Rule, WeightConverter, stored_key
 from moebius.checkpoint.files import CODES, ITEM_BYTES, SINGLE_FILE, ShardFile, TensorInfo
 from moebius.checkpoint.planning import Plan, Read, Target
 
@@ -58,9 +58,10 @@ def as_loaded(plan: Plan, dtypes: Mapping[str, str]) -> SavePlan:
 
 def from_nothing(rules: Iterable[Rule], targets: Iterable[Target], max_shard_bytes: int = MAX_SHARD_BYTES) -> SavePlan:
     """The published layout of a model that no file stands behind: tied weights once, shards up to the given size."""
-    wanted = {target.name: target for target in targets}
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    reads = [read for form in _published(converters, wanted) for read in _pieces(form, wanted)]
+    wanted, given = {target.name: target for target in targets}, list(rules)
+    converters = [rule for rule in given if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in given if isinstance(rule, PrefixRenaming)]
+    reads = [read for form in _published(converters, wanted) for read in _pieces(form, wanted, renamings)]
     groups = list(_grouped(reads, max_shard_bytes))
     names = [SINGLE_FILE] if len(groups) == 1 else [_shard_name(at, len(groups)) for at in range(len(groups))]
     shards = tuple(_new_shard(name, group) for name, group in zip(names, groups, strict=True))
@@ -105,13 +106,14 @@ def _published(rules: Sequence[WeightConverter], targets: Mapping[str, Target]) 
         yield form
 
 
-def _pieces(form: Conversion, targets: Mapping[str, Target]) -> Iterator[Read]:
+def _pieces(form: Conversion, targets: Mapping[str, Target], renamings: Sequence[PrefixRenaming]) -> Iterator[Read]:
     """The tensors of one conversion; those of one list index stand together, as the hub writes them."""
     dtype = targets[form.targets[0]].dtype
     for sources in zip(*form.sources, strict=True):
         for source in sources:
             nbytes = math.prod(source.layout.shape) * ITEM_BYTES[dtype]
-            yield Read(TensorInfo(source.key, dtype, source.layout.shape, nbytes, "", 0), source.layout.parts)
+            key = stored_key(source.key, renamings)
+            yield Read(TensorInfo(key, dtype, source.layout.shape, nbytes, "", 0), source.layout.parts)
 
 
 def _grouped(reads: Sequence[Read], limit: int) -> Iterator[list[Read]]:
