@@ -1,24 +1,32 @@
 """Runs a plan: each stored tensor is read once, straight into its place in the packed parameters.
 
-What cannot be read into place (a cast, a permutation, another device) goes through one small staging buffer, block by
-block, so that memory never holds a tensor twice.
+On the CPU, what lies in the file as it will lie in memory is mapped, or read into place; what does not (a cast, a
+permutation, another device) goes through one small staging buffer a thread, block by block.  Memory so never holds a
+tensor twice.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from threading import Lock
+from typing import Literal, Protocol
 
 import torch
 
-from moebius.checkpoint.blocks import Block, cut, is_run, whole_block
-from moebius.checkpoint.files import ITEM_BYTES, ShardFile, TensorInfo
-from moebius.checkpoint.planning import STAGING_BYTES, Plan, Read
+from moebius.checkpoint.blocks import cut, whole_block
+from moebius.checkpoint.decoding import read_decoded
+from moebius.checkpoint.device import READERS, SLOT_BYTES, cuda_lanes, send
+from moebius.checkpoint.extents import Extent, extents
+from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
+from moebius.checkpoint.jobs import Job, Run, Staged, jobs, pieces
+from moebius.checkpoint.mapping import Mapper, by_target, mappable
+from moebius.checkpoint.planning import STAGING_BYTES, Decode, Plan, Read
+from moebius.checkpoint.pool import default_readers, run_all
+from moebius.checkpoint.reading import Shards, raw_bytes, read_into, torch_dtype
 from moebius.errors import CapacityError, CheckpointError, Fault
 
-MAX_IO_BYTES = 1 << 30  # the kernel reads and writes at most 2 GiB at once
+READ_BYTES = 16 << 20  # of a job: enough that starting it costs nothing, little enough to share the work
+CAST_ELEMENTS = 1 << 15  # torch copies so many on one thread; more would start a team of threads in every reader
 
 
 class Progress(Protocol):
@@ -42,8 +50,21 @@ class Silent:
         pass
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a plan is run; what it gives is the same, bit for bit.
+
+    loading: "async" reads on several threads, "sync" on this one, in the files' order.  mapping: "auto" maps pages of
+    files on local disks into CPU tensors, "never" copies them.  readers: threads, None one a processor.
+    """
+
+    loading: Literal["async", "sync"] = "async"
+    mapping: Literal["auto", "never"] = "auto"
+    readers: int | None = None
+
+    @property
+    def threads(self) -> int:
+        return 0 if self.loading == "sync" else self.readers or default_readers()
 
 
 def check_room(plan: Plan, device: torch.device) -> None:
@@ -72,6 +93,7 @@ def load(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     check_tensors: bool = False,
+    options: LoadOptions = LoadOptions(),  # frozen
 ) -> dict[str, torch.Tensor]:
     """Reads the plan's tensors: {target name: tensor of the planned shape and dtype, on `device`}.
 
@@ -79,134 +101,141 @@ def load(
     Raises CheckpointError if a file changed since it was planned, ends early, holds NaN (if looked for), or holds a
     tied weight twice with different bytes.  Nothing half-filled is returned.
     """
-    tensors = {
-        name: torch.empty(target.shape, dtype=torch_dtype(target.dtype), device=device)
-        for name, target in plan.targets.items()
-    }
     shown = progress or Silent()
     shown.start(plan.bytes_to_read, f"loading {plan.files.folder.name}")
     try:
-        _fill(plan, tensors, shown.advance, check_tensors)
+        with Shards(plan.files.shards) as shards:
+            return _Loader(plan, torch.device(device), shards, shown, options).run(check_tensors)
     finally:
         shown.finish()
-    return tensors
 
 
-def _fill(plan: Plan, tensors: Mapping[str, torch.Tensor], advance: Callable[[int], None], check: bool) -> None:
-    faults: list[Fault] = []
-    for shard, reads in _by_shard(plan):
-        with opened(shard) as descriptor:
-            for read in reads:
-                _read(descriptor, read, tensors)
-                if check and _has_nan(read, tensors):
-                    faults.append(Fault(read.info.name, "NaN", f"in {read.info.file}"))
-                advance(read.info.nbytes)
-    faults += _compare_doubles(plan, tensors, advance)
-    if faults:
-        raise CheckpointError(f"bad weights in {plan.files.folder}; no model was made", faults=faults)
+class _Loader:
+    def __init__(self, plan: Plan, device: torch.device, shards: Shards, shown: Progress, options: LoadOptions):
+        self._plan, self._device, self._shards, self._options = plan, device, shards, options
+        self._shown, self._lock = shown, Lock()
+        self._tensors: dict[str, torch.Tensor] = {}
 
-
-def _by_shard(plan: Plan) -> Iterator[tuple[ShardFile, Iterable[Read]]]:
-    shards = {shard.path.name: shard for shard in plan.files.shards}
-    return ((shards[file], reads) for file, reads in groupby(plan.reads, key=lambda read: read.info.file))
-
-
-@contextmanager
-def opened(shard: ShardFile) -> Iterator[int]:
-    """A descriptor of the shard, once it is sure that it is the file that was planned."""
-    descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if (status.st_ino, status.st_mtime_ns) != shard.identity or status.st_size != shard.size:
-            raise _changed(shard.path, "it is another file than when its header was read")
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _changed(path: Path, detail: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} changed while it was loaded: {detail}; no model was made",
-        advice="load again when nothing writes to it",
-    )
-
-
-# --- one tensor ----------------------------------------------------------------------------------------------------
-
-
-def _read(descriptor: int, read: Read, tensors: Mapping[str, torch.Tensor]) -> None:
-    for part in read.parts:
-        target = tensors[part.name]
-        block = whole_block(part, read.info.shape, target.shape)
-        if is_run(block) and read.info.dtype == dtype_name(target.dtype) and target.device.type == "cpu":
-            _read_run(descriptor, read.info, block, target)
+    def run(self, check: bool) -> dict[str, torch.Tensor]:
+        todo = jobs(self._plan)
+        rest = self._allocate([job for job in todo if isinstance(job, Run)])
+        if self._device.type == "cuda":
+            self._send(todo)
         else:
-            _read_staged(descriptor, read.info, block, target)
+            staged = [job for job in todo if isinstance(job, Staged)]
+            run_all(_small([*rest, *staged]), self._do, self._options.threads)
+        for decode in self._plan.decodes:  # on this thread: its arithmetic spreads over the processors itself
+            read_decoded(decode, self._tensors, self._shards.read_into)
+            self._advance(decode.info.nbytes)
+        faults = [*(self._nan() if check else ()), *self._doubles(), *self._constants()]
+        if faults:
+            raise CheckpointError(f"bad weights in {self._plan.files.folder}; no model was made", faults=faults)
+        return self._tensors
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def _allocate(self, runs: Sequence[Run]) -> list[Run]:
+        """Makes all tensors; what is not mapped is still to be read."""
+        if self._device.type != "cpu" or self._options.mapping == "never" or not mappable(self._plan.files.folder):
+            for name, target in self._plan.targets.items():
+                self._tensors[name] = torch.empty(target.shape, dtype=torch_dtype(target.dtype), device=self._device)
+            return list(runs)
+        mapper, grouped, rest = Mapper(self._shards), by_target(runs), list[Run]()
+        for name, target in self._plan.targets.items():
+            mine = grouped.get(name, [])
+            self._tensors[name], left = mapper.tensor(target, mine)
+            self._advance(sum(run.nbytes for run in mine) - sum(run.nbytes for run in left))
+            rest += left
+        return rest
+
+    # --- jobs ----------------------------------------------------------------------------------------------------
+
+    def _send(self, todo: Sequence[Job]) -> None:
+        """Fills tensors on a GPU."""
+        threads = 0 if self._options.loading == "sync" else self._options.readers or READERS
+        with cuda_lanes(self._device) as lanes:
+
+            def work(extent: Extent) -> None:
+                lane = lanes.get()
+                send(extent, lane, self._tensors, self._shards)
+                lanes.put(lane)
+                self._advance(sum(job.payload for job in extent.jobs))
+
+            run_all(extents(todo, SLOT_BYTES), work, min(threads, READERS))
+
+    def _do(self, job: Job) -> None:
+        match job:
+            case Run():
+                self._read(job)
+            case Staged():
+                self._read_staged(job)
+        self._advance(job.payload)
+
+    def _read(self, run: Run) -> None:
+        place = raw_bytes(self._tensors[run.target])[run.start : run.start + run.nbytes]
+        read_into(self._shards.descriptor(run.file), place, run.offset, run.file)
+
+    def _read_staged(self, job: Staged) -> None:
+        """Reads as much as stays in the cache, and copies that in pieces that torch does on one thread."""
+        info, size, target = job.info, ITEM_BYTES[job.info.dtype], self._tensors[job.target]
+        staging = torch.empty(min(job.block.length, max(1, STAGING_BYTES // size)), dtype=torch_dtype(info.dtype))
+        buffer = raw_bytes(staging)
+        for piece in cut(job.block, staging.numel()):
+            self._shards.read_into(info, buffer[: piece.length * size], piece.start * size)
+            for part in cut(piece, CAST_ELEMENTS):
+                found = staging.as_strided(part.shape, part.stored_strides, part.start - piece.start)
+                target.as_strided(part.shape, part.strides, part.offset).copy_(found)
+
+    def _advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._shown.advance(nbytes)
+
+    # --- looking at what was read --------------------------------------------------------------------------------
+
+    def _nan(self) -> list[Fault]:
+        ways = (*self._plan.reads, *self._plan.decodes)
+        return [Fault(way.info.name, "NaN", f"in {way.info.file}") for way in ways if _has_nan(way, self._tensors)]
+
+    def _doubles(self) -> list[Fault]:
+        """Tied weights that are stored twice must hold the same values."""
+        faults = []
+        for info, name in self._plan.doubles:
+            if not _equals(self._shards, info, self._tensors[name]):
+                faults.append(Fault(info.name, "tied weights differ", f"{info.file}: not the values of {name}"))
+            self._advance(info.nbytes)
+        return faults
+
+    def _constants(self) -> list[Fault]:
+        """What a stored tensor says of others must be so."""
+        faults = []
+        for constant in self._plan.constants:
+            info = constant.info
+            found = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+            self._shards.read_into(info, raw_bytes(found), 0)
+            if found.tolist() != list(constant.expected):
+                detail = f"{info.file}: it says {found.tolist()}, expected {list(constant.expected)}"
+                faults.append(Fault(info.name, "wrong shape", detail))
+            self._advance(info.nbytes)
+        return faults
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _small(todo: Iterable[Job]) -> Iterable[Job]:
+    """The jobs, long runs in pieces."""
+    return (piece for job in todo for piece in (pieces(job, READ_BYTES) if isinstance(job, Run) else (job,)))
 
 
-def _read_run(descriptor: int, info: TensorInfo, block: Block, target: torch.Tensor) -> None:
-    size = ITEM_BYTES[info.dtype]
-    place = raw_bytes(target)[block.offset * size : (block.offset + block.length) * size]
-    read_into(descriptor, place, info.offset + block.start * size, info)
-
-
-def _read_staged(descriptor: int, info: TensorInfo, block: Block, target: torch.Tensor) -> None:
-    size = ITEM_BYTES[info.dtype]
-    staging = torch.empty(min(block.length, max(1, STAGING_BYTES // size)), dtype=torch_dtype(info.dtype))
-    buffer = raw_bytes(staging)
-    for piece in cut(block, staging.numel()):
-        read_into(descriptor, buffer[: piece.length * size], info.offset + piece.start * size, info)
-        found = staging.as_strided(piece.shape, piece.stored_strides)
-        target.as_strided(piece.shape, piece.strides, piece.offset).copy_(found)
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-
-
-def read_into(descriptor: int, place: memoryview, offset: int, info: TensorInfo) -> None:
-    """Fills `place` from the file; the kernel may hand it over in several pieces."""
-    done = 0
-    while done < len(place):
-        count = os.preadv(descriptor, [place[done : done + MAX_IO_BYTES]], offset + done)
-        if count == 0:
-            raise _changed(Path(info.file), f"it ends at byte {offset + done}, inside {info.name}")
-        done += count
-
-
-# --- looking at what was read ----------------------------------------------------------------------------------------
-
-
-def _has_nan(read: Read, tensors: Mapping[str, torch.Tensor]) -> bool:
-    blocks = ((tensors[part.name], whole_block(part, read.info.shape, tensors[part.name].shape)) for part in read.parts)
+def _has_nan(way: Read | Decode, tensors: Mapping[str, torch.Tensor]) -> bool:
+    blocks = ((tensors[part.name], whole_block(part, way.info.shape, tensors[part.name].shape)) for part in way.parts)
     views = (target.as_strided(block.shape, block.strides, block.offset) for target, block in blocks)
     return any(view.is_floating_point() and bool(view.isnan().any()) for view in views)
 
 
-def _compare_doubles(plan: Plan, tensors: Mapping[str, torch.Tensor], advance: Callable[[int], None]) -> list[Fault]:
-    """Tied weights that are stored twice must hold the same values."""
-    faults = []
-    shards = {shard.path.name: shard for shard in plan.files.shards}
-    for info, name in plan.doubles:
-        with opened(shards[info.file]) as descriptor:
-            same = _equals(descriptor, info, tensors[name])
-        if not same:
-            faults.append(Fault(info.name, "tied weights differ", f"{info.file}: not the values of {name}"))
-        advance(info.nbytes)
-    return faults
-
-
-def _equals(descriptor: int, info: TensorInfo, tensor: torch.Tensor) -> bool:
+def _equals(shards: Shards, info: TensorInfo, tensor: torch.Tensor) -> bool:
     size = ITEM_BYTES[info.dtype]
     staging = torch.empty(min(tensor.numel(), max(1, STAGING_BYTES // size)), dtype=torch_dtype(info.dtype))
     for start in range(0, tensor.numel(), staging.numel()):
         held = tensor.reshape(-1)[start : start + staging.numel()]
-        read_into(descriptor, raw_bytes(staging)[: held.numel() * size], info.offset + start * size, info)
+        shards.read_into(info, raw_bytes(staging)[: held.numel() * size], start * size)
         found = staging[: held.numel()].to(device=held.device, dtype=held.dtype)
         if not torch.allclose(found, held, rtol=0, atol=0, equal_nan=True):
             return False

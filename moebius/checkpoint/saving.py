@@ -12,17 +12,9 @@ from moebius.checkpoint.atomic import replacing_folder
 from moebius.checkpoint.blocks import Block, cut, is_run, whole_block
 from moebius.checkpoint.files import INDEX_FILE, ITEM_BYTES, CheckpointFiles, TensorInfo
 from moebius.checkpoint.hub import local_path
-from moebius.checkpoint.loading import (
-    MAX_IO_BYTES,
-    Progress,
-    Silent,
-    dtype_name,
-    opened,
-    raw_bytes,
-    read_into,
-    torch_dtype,
-)
+from moebius.checkpoint.loading import Progress, Silent
 from moebius.checkpoint.planning import STAGING_BYTES, Plan, Read
+from moebius.checkpoint.reading import MAX_IO_BYTES, dtype_name, opened, raw_bytes, read_into, torch_dtype
 from moebius.checkpoint.reversing import SavePlan, Shard, as_loaded, infos
 from moebius.errors import Fault, SaveError
 
@@ -141,7 +133,7 @@ def _write_staged(descriptor: int, info: TensorInfo, block: Block, target: torch
     for piece in cut(block, staging.numel()):
         place, offset = raw_bytes(staging)[: piece.length * size], info.offset + piece.start * size
         if piece.length != math.prod(piece.shape):
-            read_into(descriptor, place, offset, info)
+            read_into(descriptor, place, offset, info.file)
         held = target.as_strided(piece.shape, piece.strides, piece.offset)
         staging.as_strided(piece.shape, piece.stored_strides).copy_(held)
         _write_from(descriptor, place, offset)
@@ -153,7 +145,7 @@ def _carry(descriptor: int, info: TensorInfo, stored: TensorInfo, source: Checkp
     with opened(shard) as origin:
         for start in range(0, info.nbytes, STAGING_BYTES):
             buffer = memoryview(bytearray(min(STAGING_BYTES, info.nbytes - start)))
-            read_into(origin, buffer, stored.offset + start, stored)
+            read_into(origin, buffer, stored.offset + start, stored.file)
             _write_from(descriptor, buffer, info.offset + start)
 
 

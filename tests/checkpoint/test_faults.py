@@ -219,8 +219,11 @@ def test_an_unknown_family_is_refused_with_those_known(folder, model_type, no_we
     [
         ({"hidden_act": "gelu"}, "hidden_act: unsupported: 'gelu'; supported: 'silu'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: value: 3 does not divide"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type: unsupported: 'yarn'"),
-        ({"quantization_config": {}}, "quantization_config: unsupported"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+            "rope_type: value: expected one of default, yarn, found 'llama3'",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method: unsupported: 'awq'"),
         ({"mystery_gate": True}, "mystery_gate: unknown field: true"),
         ({"architectures": ["Other"]}, "architectures: unsupported: ['Other']"),
     ],

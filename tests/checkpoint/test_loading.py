@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moebius import CapacityError, CheckpointError, Interleave, MergeModulelist, Transpose, WeightConverter, checkpoint
-from moebius.checkpoint import loading
+from moebius.checkpoint import loading, reading
 from moebius.checkpoint.loading import check_room
 from tests.checkpoint.folders import numbered, planned, targets, write
 
@@ -35,6 +35,13 @@ def test_progress_counts_every_byte_once(tmp_path):
     checkpoint.load(planned(folder, [], targets(a=(5, 7), b=(3,))), progress=shown)
     assert shown.total == shown.done == 38 * 4
     assert shown.finished
+
+
+def test_progress_counts_rearranged_bytes_once_too(tmp_path):
+    folder, shown = write(tmp_path, {"stored": numbered(8, 5)}), Recorder()
+    rule = WeightConverter("stored", "w", [Interleave(0, undo=True)])
+    checkpoint.load(planned(folder, [rule], targets(w=(8, 5))), progress=shown)
+    assert shown.total == shown.done == 40 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -84,7 +91,7 @@ def test_a_file_that_changed_after_the_plan_is_refused(tmp_path):
 def test_a_file_that_ends_early_is_refused(tmp_path, monkeypatch):
     folder = write(tmp_path, {"w": numbered(4)})
     plan = planned(folder, [], targets(w=(4,)))
-    monkeypatch.setattr(loading.os, "preadv", lambda *_: 0)
+    monkeypatch.setattr(reading.os, "preadv", lambda *_: 0)
     with pytest.raises(CheckpointError, match="it ends at byte"):
         checkpoint.load(plan)
 
@@ -93,7 +100,7 @@ def test_a_read_in_small_pieces_is_completed(tmp_path, monkeypatch):
     folder = write(tmp_path, {"w": numbered(100)})
     plan = planned(folder, [], targets(w=(100,)))
     whole = os.preadv
-    monkeypatch.setattr(loading.os, "preadv", lambda fd, buffers, at: whole(fd, [buffers[0][:7]], at))
+    monkeypatch.setattr(reading.os, "preadv", lambda fd, buffers, at: whole(fd, [buffers[0][:7]], at))
     assert torch.equal(checkpoint.load(plan)["w"], numbered(100))
 
 

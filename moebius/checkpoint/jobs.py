@@ -1,0 +1,99 @@
+"""What loading has to do, as independent jobs in the files' order.  No torch.
+
+A run is bytes that lie in the file as they will lie in the target; what is not, a cast or a permutation, is staged.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from moebius.checkpoint.blocks import Block, is_run, whole_block
+from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
+from moebius.checkpoint.planning import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """nbytes from byte `offset` of a file, which go to byte `start` of a target."""
+
+    file: str
+    offset: int
+    nbytes: int
+    target: str
+    start: int
+
+    @property
+    def payload(self) -> int:
+        return self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A block of a stored tensor that is read into a buffer and copied to its place in the target from there."""
+
+    info: TensorInfo
+    block: Block
+    target: str
+
+    @property
+    def nbytes(self) -> int:
+        """Of the stretch of the file that it spans; others may take what lies between its elements."""
+        return self.block.length * ITEM_BYTES[self.info.dtype]
+
+    @property
+    def payload(self) -> int:
+        """Of its elements alone."""
+        return math.prod(self.block.shape) * ITEM_BYTES[self.info.dtype]
+
+
+Job = Run | Staged
+
+
+def jobs(plan: Plan) -> list[Job]:
+    """A job a part of every read, neighbours joined where they stay neighbours."""
+    return list(_joined(_jobs(plan)))
+
+
+def pieces(run: Run, nbytes: int) -> Iterator[Run]:
+    """The run in pieces of at most so many bytes."""
+    for done in range(0, run.nbytes, nbytes):
+        yield part_of(run, done, min(nbytes, run.nbytes - done))
+
+
+def part_of(run: Run, start: int, nbytes: int) -> Run:
+    """`nbytes` of a run, from its byte `start` on."""
+    return replace(run, offset=run.offset + start, nbytes=nbytes, start=run.start + start)
+
+
+def _jobs(plan: Plan) -> Iterator[Job]:
+    for read in plan.reads:
+        info, size = read.info, ITEM_BYTES[read.info.dtype]
+        for part in read.parts:
+            target = plan.targets[part.name]
+            block = whole_block(part, info.shape, target.shape)
+            if target.dtype == info.dtype and is_run(block):
+                offset = info.offset + block.start * size
+                yield Run(info.file, offset, block.length * size, part.name, block.offset * size)
+            else:
+                yield Staged(info, block, part.name)
+
+
+def _joined(found: Iterable[Job]) -> Iterator[Job]:
+    last: Run | None = None
+    for job in found:
+        if isinstance(job, Run) and last is not None and _follows(last, job):
+            last = replace(last, nbytes=last.nbytes + job.nbytes)
+            continue
+        if last is not None:
+            yield last
+        last = job if isinstance(job, Run) else None
+        if last is None:
+            yield job
+    if last is not None:
+        yield last
+
+
+def _follows(one: Run, other: Run) -> bool:
+    """Does `other` go on where `one` ends, in the file and in the target?"""
+    places = (one.file, one.offset + one.nbytes, one.target, one.start + one.nbytes)
+    return places == (other.file, other.offset, other.target, other.start)
