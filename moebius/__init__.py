@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from moebius.auto import AutoModelForCausalLM, CausalLM, open_checkpoint
     from moebius.auto_tokenizer import AutoTokenizer
-    from moebius.checkpoint.converter import WeightConverter, WeightRenaming, WeightSkip
+    from moebius.checkpoint.converter import PrefixRenaming, WeightConverter, WeightRenaming, WeightSkip
     from moebius.checkpoint.operations import (
         Chunk,
         Concatenate,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "moebius.auto": ("AutoModelForCausalLM", "CausalLM", "open_checkpoint"),
-    "moebius.checkpoint.converter": ("WeightConverter", "WeightRenaming", "WeightSkip"),
+    "moebius.checkpoint.converter": ("PrefixRenaming", "WeightConverter", "WeightRenaming", "WeightSkip"),
     "moebius.checkpoint.operations": (
         "Chunk",
         "Concatenate",
@@ -80,6 +80,7 @@ __all__ = [
     "Interleave",
     "MergeModulelist",
     "MoebiusError",
+    "PrefixRenaming",
     "SaveError",
     "SplitModulelist",
     "TextIteratorStreamer",

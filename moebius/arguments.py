@@ -1,6 +1,7 @@
 """What from_pretrained's arguments mean: each of transformers' names is honoured, true anyway, or refused by name."""
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from moebius.checkpoint import hub
 from moebius.checkpoint.comparing import FLOATS
+from moebius.checkpoint.loading import LoadOptions
 from moebius.errors import ArgumentError, Fault
 from moebius.generation.config import GenerationConfig
 
@@ -58,6 +60,8 @@ HONOURED = (
     "check_tensors",
     "progress",
     "output_loading_info",
+    "loading",
+    "mapping",
 )
 
 
@@ -124,6 +128,30 @@ def device_of(device_map: Any) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(f"device_map={device_map!r}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def load_options(loading: str | None, mapping: str) -> LoadOptions:
+    """How to read.  loading: None leaves it to HF_DEACTIVATE_ASYNC_LOAD, transformers' switch, as "async" otherwise.
+
+    HF_PARALLEL_LOADING_WORKERS says how many threads read.  ArgumentError: another value.
+    """
+    synchronous = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD", "").lower() in ("1", "true", "y", "yes", "on")
+    loading = ("sync" if synchronous else "async") if loading is None else loading
+    faults = [
+        Fault(f"{name}={value!r}", "value", f"expected one of {', '.join(known)}")
+        for name, value, known in (("loading", loading, ("async", "sync")), ("mapping", mapping, ("auto", "never")))
+        if value not in known
+    ]
+    if faults:
+        raise ArgumentError("from_pretrained: arguments refused", faults=faults)
+    return LoadOptions(loading, mapping, _readers())  # pyright: ignore[reportArgumentType]
+
+
+def _readers() -> int | None:
+    text = os.environ.get("HF_PARALLEL_LOADING_WORKERS")
+    if text is not None and not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise ArgumentError(f"HF_PARALLEL_LOADING_WORKERS={text!r}: expected a number of threads, 1 or more")
+    return None if text is None else int(text)
 
 
 def byte_count(size: int | str) -> int:

@@ -1,5 +1,6 @@
 """The front door, wiring only: from a name to a model that runs, and back to files."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,20 +15,28 @@ from moebius.checkpoint import hub, reversing
 from moebius.checkpoint.comparing import FLOATS
 from moebius.checkpoint.converter import Rule
 from moebius.checkpoint.files import CheckpointFiles
-from moebius.checkpoint.loading import Progress, check_room, dtype_name, torch_dtype
+from moebius.checkpoint.loading import Progress, check_room
 from moebius.checkpoint.planning import Plan, Target
+from moebius.checkpoint.reading import dtype_name, torch_dtype
 from moebius.config import DecoderConfig
 from moebius.generation.config import GenerationConfig
 from moebius.generation.engine import generate
 from moebius.layers.decoder import Decoder
+from moebius.layers.quantized import hold
 from moebius.models import Family, family_of
+from moebius.models.counting import count_parameters
+from moebius.quantization.forms import Form
+
+NOTHING_HELD: Mapping[str, Form] = {}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
     """A checkpoint whose headers are read and whose plan is made; no weight was read.
 
-    raw_config: config.json as it stands.  dtype: of the model that the plan fills.
+    raw_config: config.json as it stands.  dtype: of the model that the plan fills.  held: the weights that the model
+    keeps in the quantized form in which they are stored.
     """
 
     folder: Path
@@ -37,6 +46,7 @@ class OpenedCheckpoint:
     dtype: str
     files: CheckpointFiles
     plan: Plan
+    held: Mapping[str, Form]
     weight_conversions: tuple[Rule, ...] = ()
 
 
@@ -70,8 +80,8 @@ class CausalLM(Decoder):
         return self.model.embed_tokens.weight.dtype
 
     def num_parameters(self) -> int:
-        """Parameters, tied ones once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Parameters, tied ones once; a quantized weight counts as what it stands for."""
+        return count_parameters(self.config).total
 
     def generate(
         self,
@@ -94,22 +104,28 @@ class CausalLM(Decoder):
     ) -> None:
         """Writes the model in the hub's own layout: per-expert tensors, config.json, generation_config.json.
 
-        A loaded model keeps its files' names, keys and order (max_shard_size then has no say).  Other files of the
+        A loaded model keeps its files' names, keys and order (max_shard_size then has no say).  One whose weights were
+        decoded from a quantized form is written as a plain one, without what it does not use.  Other files of the
         folder stay.  Raises SaveError if it cannot be written; the folder then holds what it held.
         """
-        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        plan = self.plan or reversing.from_nothing(
-            self.family.rules(self.config), _targets(self), arguments.byte_count(max_shard_size)
-        )
+        tensors = {names[0]: tensor.detach() for names, tensor in _named_tensors(self)}
+        plan = self._save_plan(arguments.byte_count(max_shard_size))
         checkpoint.save(plan, tensors, path, extra_files=self._described(), progress=progress)
         if self.source and self.source.folder.resolve() == hub.local_path(path).resolve():
-            self.source = _reopened(self.source, self.dtype)
+            self.source = _reopened(self.source)
+
+    def _save_plan(self, max_shard_bytes: int) -> Plan | reversing.SavePlan:
+        if self.plan and not self.plan.encoded:
+            return self.plan
+        if self.plan and self.plan.skipped:
+            logger.warning("not written: %d tensors that the model does not use", len(self.plan.skipped))
+        return reversing.from_nothing(self.family.rules(self.config), _targets(self), max_shard_bytes)
 
     def _described(self) -> dict[str, bytes]:
         raw = self.source.raw_config if self.source else self.family.to_hf(self.config)
-        return model_folder.described(
-            raw, dtype_name(self.dtype), self.generation_config, self.source and self.source.folder
-        )
+        decoded = bool(self.plan and self.plan.encoded)
+        folder = self.source and self.source.folder
+        return model_folder.described(raw, dtype_name(self.dtype), self.generation_config, folder, decoded=decoded)
 
 
 class AutoModelForCausalLM:
@@ -125,31 +141,41 @@ class AutoModelForCausalLM:
         experts_implementation: str = "auto",
         weight_conversions: Sequence[Rule] = (),
         check_tensors: bool = False,
+        loading: str | None = None,
+        mapping: str = "auto",
         progress: Progress | None = None,
         output_loading_info: bool = False,
         **options: Any,
     ) -> Any:
         """The model in a folder or of a hub id, on `device_map`, in eval mode.
 
-        dtype: "auto" (the checkpoint's), a torch dtype or its name.  device_map: None or "cpu", "cuda", "cuda:N",
-        "auto" (a GPU if there is one), "meta" (no weights).  experts_implementation: a backend's name, or "auto".
+        dtype: "auto" (the checkpoint's; weights that are stored quantized stay so), a torch dtype or its name
+        (quantized weights are decoded while they are read).  device_map: None or "cpu", "cuda", "cuda:N", "auto" (a GPU
+        if there is one), "meta" (no weights).  experts_implementation: a backend's name, or "auto".
         weight_conversions: rules that come before the family's.  check_tensors: also refuse NaN.
+        loading: "async" (threads, the default) or "sync" (one, in the files' order; also HF_DEACTIVATE_ASYNC_LOAD=1).
+        mapping: "auto" lets CPU weights be pages of the files where they lie there as they are needed (a change of the
+        files would be a change of the weights; they are aligned as in the file, so that products may differ in their
+        last bit), "never" copies them.
         output_loading_info: give (model, info), as transformers does.  options: revision, token, cache_dir,
         local_files_only, force_download; transformers' other arguments are accepted where they are true anyway and
         refused by name where they are not.
         Raises ArgumentError, ConfigError, CheckpointError, BackendError, CapacityError, before a weight is read.
         """
         download = arguments.check_options(options)
-        device = arguments.device_of(device_map)
+        device, how = arguments.device_of(device_map), arguments.load_options(loading, mapping)
         opened = open_checkpoint(
             name_or_path, dtype=arguments.either(dtype, options), weight_conversions=weight_conversions, **download
         )
-        model = _build(opened.config, opened.family, experts_implementation)
+        model = _build(opened.config, opened.family, experts_implementation, opened.held)
         model.source = opened
         model.generation_config = GenerationConfig.from_pretrained(opened.folder)
         if device.type != "meta":
             check_room(opened.plan, device)
-            _fill(model, checkpoint.load(opened.plan, device=device, progress=progress, check_tensors=check_tensors))
+            loaded = checkpoint.load(
+                opened.plan, device=device, progress=progress, check_tensors=check_tensors, options=how
+            )
+            _fill(model, loaded)
         model.eval()
         return (model, _loading_info(opened.plan)) if output_loading_info else model
 
@@ -195,14 +221,23 @@ def open_checkpoint(
     config = family.from_hf(raw)
     files = checkpoint.open_files(folder)
     config = replace(config, dtype=wanted or config.dtype or _stored_dtype(files))
-    targets = _targets(_build(config, family, "auto"))
-    plan = checkpoint.plan(files, family.rules(config), targets, overrides=weight_conversions)
-    return OpenedCheckpoint(folder, raw, family, config, str(config.dtype), files, plan, tuple(weight_conversions))
+
+    def planned(model: CausalLM, *, keep: bool) -> Plan:
+        rules, form = family.rules(config), family.stored_form(raw)
+        return checkpoint.plan(files, rules, _targets(model), weight_conversions, form=form, keep=keep)
+
+    plan = planned(_build(config, family, "auto"), keep=False)
+    held = {} if wanted else plan.encoded
+    if held:
+        plan = planned(_build(config, family, "auto", held), keep=True)
+    return OpenedCheckpoint(
+        folder, raw, family, config, str(config.dtype), files, plan, held, tuple(weight_conversions)
+    )
 
 
-def _reopened(opened: OpenedCheckpoint, dtype: torch.dtype) -> OpenedCheckpoint:
+def _reopened(opened: OpenedCheckpoint) -> OpenedCheckpoint:
     """The same folder after its files were written anew, for the next save."""
-    return open_checkpoint(opened.folder, dtype=dtype, weight_conversions=opened.weight_conversions)
+    return open_checkpoint(opened.folder, weight_conversions=opened.weight_conversions)
 
 
 def _stored_dtype(files: CheckpointFiles) -> str:
@@ -213,26 +248,35 @@ def _stored_dtype(files: CheckpointFiles) -> str:
     return max(FLOATS, key=lambda name: nbytes[name])
 
 
-def _build(config: DecoderConfig, family: Family, experts_implementation: str) -> CausalLM:
-    """The model without memory for its weights, in the config's dtype."""
+def _build(
+    config: DecoderConfig, family: Family, experts_implementation: str, held: Mapping[str, Form] = NOTHING_HELD
+) -> CausalLM:
+    """The model without memory for its weights, in the config's dtype, `held` weights in their forms."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch_dtype(config.dtype or "float32"))
     try:
         with torch.device("meta"):
-            return CausalLM(config, family, experts_implementation=experts_implementation)
+            model = CausalLM(config, family, experts_implementation=experts_implementation)
+            hold(model, held)
+            return model
     finally:
         torch.set_default_dtype(before)
 
 
-def _targets(model: CausalLM) -> list[Target]:
-    """The model's tensors as the planner wants them: a tied one once, with its other names as aliases."""
+def _named_tensors(model: CausalLM) -> list[tuple[list[str], torch.Tensor]]:
+    """All that is saved of a model: each tensor once, with all its names."""
     names: dict[int, list[str]] = {}
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
+    return [(group, tensors[group[0]]) for group in names.values()]
+
+
+def _targets(model: CausalLM) -> list[Target]:
+    """The model's tensors as the planner wants them: a tied one once, with its other names as aliases."""
     return [
-        Target(first, tuple(tensors[first].shape), dtype_name(tensors[first].dtype), tuple(others))
-        for first, *others in names.values()
+        Target(name, tuple(tensor.shape), dtype_name(tensor.dtype), tuple(aliases))
+        for (name, *aliases), tensor in _named_tensors(model)
     ]
 
 

@@ -13,14 +13,18 @@ CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"  # peft's; transformers would load what it names instead of the folder's weights
 
 
-def read_config(folder: Path) -> Mapping[str, Any]:
-    """The content of config.json.  Raises ConfigError if it is missing, not one JSON object, or beside an adapter."""
+def read_config(place: Path) -> Mapping[str, Any]:
+    """The content of config.json, in the folder `place` or that file itself.
+
+    Raises ConfigError if it is missing, not one JSON object, or beside an adapter.
+    """
+    folder = place.parent if place.is_file() else place
     if (folder / ADAPTER_FILE).exists():
         raise ConfigError(
             f"{folder / ADAPTER_FILE}: the folder holds an adapter, and adapters are not opened in this version",
             advice="merge it into its base model with peft (merge_and_unload), or take the base model's own folder",
         )
-    path = folder / CONFIG_FILE
+    path = place if place.is_file() else place / CONFIG_FILE
     try:
         raw = parse_json(path.read_bytes())
     except FileNotFoundError as error:
@@ -33,19 +37,28 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def described(
-    raw: Mapping[str, Any], dtype: str, generation: GenerationConfig, source: Path | None
+    raw: Mapping[str, Any], dtype: str, generation: GenerationConfig, source: Path | None, *, decoded: bool = False
 ) -> dict[str, bytes]:
     """The files to be written beside weights of `dtype`: what was read, with dtype and settings brought up to date.
 
     source: the folder the model came from, whose generation_config.json may say more than a GenerationConfig holds.
+    decoded: the weights were quantized there and are not any more.
     """
-    spellings = [name for name in ("torch_dtype", "dtype") if name in raw] or ["dtype"]
     besides = {name: value for name, value in _read_object(source, GENERATION_FILE).items() if name not in FIELDS}
     files = {
-        CONFIG_FILE: {**raw, **dict.fromkeys(spellings, dtype)},
+        CONFIG_FILE: _up_to_date(raw, dtype, decoded),
         GENERATION_FILE: {**besides, **generation.to_hf()},  # also if empty: an older one in its place would be obeyed
     }
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+
+
+def _up_to_date(raw: Mapping[str, Any], dtype: str, decoded: bool) -> dict[str, Any]:
+    """A config.json of weights of `dtype`; where a wrapper keeps the text model's fields in a section, there too."""
+    spellings = [name for name in ("torch_dtype", "dtype") if name in raw] or ["dtype"]
+    kept = {name: value for name, value in raw.items() if not (decoded and name == "quantization_config")}
+    section = raw.get("text_config")
+    inner = {"text_config": _up_to_date(section, dtype, decoded)} if isinstance(section, Mapping) else {}
+    return {**kept, **inner, **dict.fromkeys(spellings, dtype)}
 
 
 def _read_object(folder: Path | None, name: str) -> Mapping[str, Any]:

@@ -208,7 +208,7 @@ def test_a_conversion_that_finds_no_key_is_refused(checkpoints):
 
 
 def test_an_unknown_backend_is_refused_before_a_weight_is_read(checkpoints, monkeypatch):
-    monkeypatch.setattr("moebius.checkpoint.loading._fill", None)
+    monkeypatch.setattr("moebius.checkpoint.loading._Loader", None)
     with pytest.raises((BackendError, ArgumentError), match="grouped_mm"):
         AutoModelForCausalLM.from_pretrained(checkpoints("mixtral")[1], experts_implementation="groupped_mm")
 

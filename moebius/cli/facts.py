@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moebius.checkpoint.planning import Plan
-from moebius.config import DecoderConfig, Mixer
+from moebius.config import DecoderConfig
 from moebius.models.counting import count_parameters
 
 
@@ -31,12 +31,8 @@ def model_facts(config: DecoderConfig) -> ModelFacts:
     counts = count_parameters(config)
     experts = counts.by_role.get("routed_experts", 0)
     unread = 0 if config.tie_word_embeddings else counts.by_role["embedding"] - config.hidden_size
-    cached = sum(_cached(layer.mixer) for layer in config.layers)
-    return ModelFacts(experts, counts.total - experts, counts.active, counts.active - unread, cached)
-
-
-def _cached(mixer: Mixer) -> int:
-    return 2 * mixer.num_key_value_heads * mixer.head_dim
+    reads = counts.active - unread
+    return ModelFacts(experts, counts.total - experts, counts.active, reads, config.cached_numbers)
 
 
 def experts_layout(plan: Plan) -> str:

@@ -161,7 +161,8 @@ def save_model(run: Run, model: CausalLM, tokenizer: Tokenizer) -> None:
 
 def load_model(run: Run, trained: CausalLM, text: DemoText, tokenizer: Tokenizer) -> CausalLM:
     with run.stage("load", "Plan, and load through the converter"):
-        loaded: CausalLM = AutoModelForCausalLM.from_pretrained(run.folder.model)
+        # copied, so that weights are aligned as they were in training: products then agree to the last bit
+        loaded: CausalLM = AutoModelForCausalLM.from_pretrained(run.folder.model, mapping="never")
         assert loaded.plan is not None  # it was loaded, so it was planned
         print_result("\n".join(f"   {line}" for line in str(loaded.plan).splitlines()))
         run.prove(layout_proof(loaded.plan, loaded.config))
