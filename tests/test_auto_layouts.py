@@ -77,6 +77,13 @@ def test_a_layer_too_many_is_a_fault_where_a_family_publishes_none(tmp_path):
         opened(folder_of(tmp_path / "with", config, tensors | prediction_layer(tensors, 2)))
 
 
+def test_a_decoder_layer_too_many_is_never_taken_for_one_that_predicts(tmp_path):
+    config, tensors = tiny_config("deepseek_v3"), hub_tensors("deepseek_v3", tmp_path / "hub")
+    folder = folder_of(tmp_path / "cut", config | {"num_hidden_layers": LAYERS - 1}, tensors)
+    with pytest.raises(CheckpointError, match=r"model.layers.2.\*: unexpected"):
+        opened(folder)
+
+
 def test_stray_frequencies_are_skipped(tmp_path):
     config, tensors = tiny_config("kimi_k2"), hub_tensors("kimi_k2", tmp_path / "hub")
     stray = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.randn(4) for n in range(LAYERS)}

@@ -6,7 +6,7 @@ match `shared_experts`.  What a pattern leaves out in front (the layer, say) is 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -189,19 +189,22 @@ class WeightSkip:
 
     pattern: as a WeightConverter's; with `**` at its end it anchors at the key's start and fits all that lies below it:
     "vision_tower.**".  first: only where the first index is this or a later one: ("model.layers.*.**", first=61).
+    beside: only if this key lies below the same head, too; what is not marked so is not skipped.
     """
 
     pattern: Pattern
     reason: str
     below: bool
     first: int
+    beside: str
 
-    def __init__(self, pattern: str, reason: str, *, first: int = 0):
+    def __init__(self, pattern: str, reason: str, *, first: int = 0, beside: str = ""):
         below = pattern.endswith(BELOW)
         object.__setattr__(self, "pattern", Pattern(pattern.removesuffix(BELOW)))
         object.__setattr__(self, "reason", reason)
         object.__setattr__(self, "below", below)
         object.__setattr__(self, "first", first)
+        object.__setattr__(self, "beside", beside)
 
     def fits(self, template: str) -> bool:
         """May a key of this template be one?"""
@@ -209,10 +212,12 @@ class WeightSkip:
             return template.startswith(f"{template_of(self.pattern.text)}.")
         return fits_template((self.pattern,), template)
 
-    def match(self, key: str) -> bool:
-        """Is this one of the keys?"""
+    def match(self, key: str, keys: Container[str]) -> bool:
+        """Is this one of the keys, where the files hold `keys`?"""
         fit = self._fit(key)
-        return fit is not None and (not fit.indices or fit.indices[0] >= self.first)
+        if fit is None or (fit.indices and fit.indices[0] < self.first):
+            return False
+        return not self.beside or f"{self.pattern.fill(fit.prefix, fit.indices)}.{self.beside}" in keys
 
     def _fit(self, key: str) -> Match | None:
         if not self.below:

@@ -290,7 +290,7 @@ class _Planner:
             template = template_of(key)
             if template not in fits:
                 fits[template] = [rule for rule in self.skips if rule.fits(template)]
-            rule = next((rule for rule in fits[template] if rule.match(key)), None)
+            rule = next((rule for rule in fits[template] if rule.match(key, self.tensors)), None)
             if rule and key in self.claims:
                 self.faults.append(Fault(key, "claimed twice", f"for {self.claims[key].targets[0]} and to be skipped"))
             elif rule:

@@ -14,9 +14,11 @@ SKIPPED_KEYS: tuple[Rule, ...] = (
 
 
 def skipped_layers(config: DecoderConfig) -> tuple[Rule, ...]:
-    """For families that publish such layers; in any other, a layer too many is a fault."""
+    """For families that publish such layers, which a projection of two hidden states marks (DeepSeek-V3, arXiv
+    2412.19437, section 2.2); any other layer too many is a fault.
+    """
     reason = "beyond num_hidden_layers: predicts several tokens at once; not part of the decoder"
-    return (WeightSkip("model.layers.*.**", reason, first=len(config.layers)),)
+    return (WeightSkip("model.layers.*.**", reason, first=len(config.layers), beside="eh_proj.weight"),)
 
 
 def packed_experts(block: str, *, gate: str, up: str, down: str) -> tuple[Rule, ...]:

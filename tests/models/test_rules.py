@@ -41,19 +41,21 @@ def test_what_is_published_in_float32_is_saved_in_float32(family, kept, tmp_path
     assert all(key.endswith(tuple(kept)) for key in wide)
 
 
-def skipping(family: str, key: str) -> list[str]:
-    """The reasons of the rules that skip a key; the model has three layers."""
+def skipping(family: str, key: str, *others: str) -> list[str]:
+    """The reasons of the rules that skip a key, where the files hold others too; the model has three layers."""
     config = FAMILIES[family].from_hf(tiny_config(family))
     three = replace(config, layers=config.layers[:1] * 3)
     rules = [rule for rule in FAMILIES[family].rules(three) if isinstance(rule, WeightSkip)]
-    return [rule.reason for rule in rules if rule.match(key)]
+    return [rule.reason for rule in rules if rule.match(key, (key, *others))]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "kimi_k2", "glm4_moe"])
 def test_layers_that_predict_more_tokens_are_skipped_where_families_publish_them(family):
     assert skipping(family, "model.layers.3.eh_proj.weight")
-    assert skipping(family, "model.layers.10.mlp.experts.7.up_proj.weight")
-    assert not skipping(family, "model.layers.2.mlp.experts.7.up_proj.weight")
+    experts = "model.layers.{}.mlp.experts.7.up_proj.weight"
+    assert skipping(family, experts.format(10), "model.layers.10.eh_proj.weight")
+    assert not skipping(family, experts.format(10), "model.layers.3.eh_proj.weight")  # nothing marks it as such a layer
+    assert not skipping(family, experts.format(2), "model.layers.2.eh_proj.weight")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "mixtral", "qwen3_moe"])
