@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +38,34 @@ def test_python_in_documents_runs(path, beside_a_demo_model):
     names: dict = {"__name__": "document"}
     for block in BLOCK.findall(path.read_text()):
         exec(compile(block, path.name, "exec"), names)
+
+
+def test_the_family_of_the_page_passes_what_the_page_has_it_pass(tmp_path):
+    """Taken into a copy of the library as section 4 says: its file, the registry, its tiny config."""
+    page = (ROOT / "docs" / "add_a_family.md").read_text()
+    for name in ("moebius", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    source, comparing = BLOCK.findall(page)
+    (tmp_path / "moebius" / "models" / "dots1.py").write_text(source)
+    registry = {"    deepseek_v3,\n": "    dots1,\n", "_BUILT_IN = (\n": "    dots1.FAMILY,\n"}
+    put_after(tmp_path / "moebius" / "models" / "__init__.py", registry)
+    (tiny,) = re.findall(r"^raw = (\{.*?^\})$", comparing, re.MULTILINE | re.DOTALL)
+    put_after(tmp_path / "tests" / "families.py", {"TINY: dict[str, dict[str, Any]] = {\n": f'"dots1": {tiny},\n'})
+    (command,) = re.findall(r"^python -m (pytest .*)$", page, re.MULTILINE)
+    ran = [sys.executable, "-m", *command.split(), "-k", "dots1", "-p", "no:cacheprovider"]
+    done = subprocess.run(ran, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.split("[100%]")[0].count(".") > 20
+
+
+def put_after(path: Path, lines: dict[str, str]) -> None:
+    """Into a source file, after each of these lines."""
+    text = path.read_text()
+    for before, line in lines.items():
+        assert text.count(before) == 1
+        text = text.replace(before, before + line)
+    path.write_text(text)
 
 
 def test_the_readme_has_the_eight_lines_it_promises():

@@ -79,10 +79,10 @@ def use_experts_implementation(experts_class: ModuleClass) -> ModuleClass:
 
     @functools.wraps(own_forward)
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        name = _runnable(self.experts_implementation, _situation(self, hidden_states))
+        name = _runnable(self.experts_implementation, _situation(self, hidden_states.device.type, hidden_states.dtype))
         run = own_forward if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
         # under autocast the states may be narrower than the weights, and grouped products take one dtype
-        states = hidden_states.to(_compute_dtype(self, hidden_states))
+        states = hidden_states.to(_compute_dtype(self, hidden_states.dtype))
         return run(self, states, top_k_index, top_k_weights).to(hidden_states.dtype)
 
     experts_class.forward = forward
@@ -119,6 +119,13 @@ class Experts(FixedDtypes):
         """Take another backend from now on.  BackendError: unknown name."""
         self.experts_implementation = ALL_EXPERTS_FUNCTIONS.check(name)
 
+    def backend(self, device_type: str, dtype: torch.dtype) -> str:
+        """What runs on states of this dtype there: the backend that was named, or the one that "auto" chooses.
+
+        BackendError: the named one cannot.
+        """
+        return _runnable(self.experts_implementation, _situation(self, device_type, dtype))
+
     def hold(self, projection: str, form: Form) -> None:
         """Make room for a projection in a quantized form: its values, and its scales as `<projection>_scale`, neither
         with a gradient.  What it held is dropped.
@@ -138,20 +145,19 @@ class Experts(FixedDtypes):
         return {"gate_up_proj": self.gate_up_proj_form, "down_proj": self.down_proj_form}[projection]
 
 
-def _situation(experts: Experts, hidden_states: Tensor) -> Situation:
+def _situation(experts: Experts, device_type: str, states: torch.dtype) -> Situation:
     down_form, values = experts.down_proj_form, experts.down_proj.shape
     _, hidden_size, intermediate_size = values if down_form is None else down_form.weight_shape(values)
     forms = {form.name: None for form in (experts.gate_up_proj_form, down_form) if form is not None}
-    dtype = _compute_dtype(experts, hidden_states)
-    return Situation(hidden_states.device.type, dtype, hidden_size, intermediate_size, tuple(forms))
+    return Situation(device_type, _compute_dtype(experts, states), hidden_size, intermediate_size, tuple(forms))
 
 
-def _compute_dtype(experts: Experts, hidden_states: Tensor) -> torch.dtype:
+def _compute_dtype(experts: Experts, states: torch.dtype) -> torch.dtype:
     """That of what is plain, the biases included; that of the states where nothing is."""
     projections = (experts.gate_up_proj_form, experts.gate_up_proj), (experts.down_proj_form, experts.down_proj)
     plain = [weight for form, weight in projections if form is None]
     plain += [bias for bias in (experts.gate_up_proj_bias, experts.down_proj_bias) if bias is not None]
-    return plain[0].dtype if plain else hidden_states.dtype
+    return plain[0].dtype if plain else states
 
 
 def _runnable(name: str, situation: Situation) -> str:
@@ -163,7 +169,7 @@ def _runnable(name: str, situation: Situation) -> str:
         raise BackendError(
             f"experts_implementation={name!r} cannot run here",
             faults=[Fault(name, "cannot run", obstacle) for obstacle in obstacles],
-            advice=f'take "{AUTO}", or a backend without these limits',
+            advice=f'take "{AUTO}"' + (', or dtype="bfloat16", which decodes the weights' if situation.forms else ""),
         )
     return name
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from moebius.config import CacheShapes, DecoderConfig
 from moebius.errors import CapacityError
 
+Device = torch.device | str
+
 
 @dataclass
 class Extent:
@@ -55,14 +57,18 @@ class KeyValueCache:
 
     @classmethod
     def for_decoder(
-        cls, config: DecoderConfig, *, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        cls, config: DecoderConfig, *, batch: int, capacity: int, dtype: torch.dtype, device: Device | Sequence[Device]
     ) -> "KeyValueCache":
-        """Allocate for `batch` rows of `capacity` tokens. Raises CapacityError naming the bytes a token takes."""
+        """Allocate for `batch` rows of `capacity` tokens; device: one, or each layer's, `DecoderStack.layer_devices`.
+
+        Raises CapacityError naming the bytes a token takes.
+        """
         extent = Extent(length=0, capacity=capacity)
+        devices = [device] * len(config.layers) if isinstance(device, Device) else device
         try:
             layers = [
-                KeyValueLayer(*_storage(layer.mixer.cache_shapes, batch, capacity, dtype, device), extent)
-                for layer in config.layers
+                KeyValueLayer(*_storage(layer.mixer.cache_shapes, batch, capacity, dtype, place), extent)
+                for layer, place in zip(config.layers, devices, strict=True)
             ]
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one
             raise CapacityError(_does_not_fit(config, batch, capacity, dtype)) from error
@@ -104,7 +110,7 @@ def cache_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
 
 
 def _storage(
-    shapes: CacheShapes, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+    shapes: CacheShapes, batch: int, capacity: int, dtype: torch.dtype, device: Device
 ) -> tuple[Tensor, Tensor]:
     keys, values = (torch.empty((batch, capacity, *shape), dtype=dtype, device=device) for shape in shapes)
     return keys, values

@@ -106,7 +106,11 @@ class Chat:
         if self._cache is None:
             weight = next(self._decoder.parameters())
             self._cache = KeyValueCache.for_decoder(
-                self._decoder.config, batch=1, capacity=needed, dtype=weight.dtype, device=weight.device
+                self._decoder.config,
+                batch=1,
+                capacity=needed,
+                dtype=weight.dtype,
+                device=self._decoder.model.layer_devices,
             )
         kept = min(common_prefix(self._cached_ids, prompt), len(prompt) - 1)  # one token is read for its logits
         self._cache.crop(kept)

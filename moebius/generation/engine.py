@@ -106,7 +106,7 @@ def _ready_cache(decoder: Decoder, prompt: Prompt, limit: int, cache: KeyValueCa
     if cache is None:
         weight = next(decoder.parameters())
         return KeyValueCache.for_decoder(
-            decoder.config, batch=rows, capacity=needed, dtype=weight.dtype, device=weight.device
+            decoder.config, batch=rows, capacity=needed, dtype=weight.dtype, device=decoder.model.layer_devices
         )
     if cache.length >= width:
         raise ArgumentError(f"the cache holds {cache.length} tokens; a prompt of {width} leaves none to start from")

@@ -3,7 +3,9 @@
 B batch, T tokens of this forward, P tokens in the cache before it, H hidden, V vocabulary, E experts.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +109,9 @@ class DecoderStack(nn.Module):
         super().__init__()
         self.ropes: tuple[Rope, ...] = tuple(layer.mixer.rope for layer in config.layers)
         self.windows: tuple[int | None, ...] = tuple(_window(layer.mixer) for layer in config.layers)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # by nn.Embedding(...) the table would be filled with noise, which on meta imports torch's compiler: 4 seconds
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config, experts_implementation=experts_implementation) for layer in config.layers
         )
@@ -128,14 +132,34 @@ class DecoderStack(nn.Module):
             position_ids = torch.arange(past, past + tokens, device=input_ids.device).unsqueeze(0)
         rotary = {rope: rotary_tables(rope, position_ids, hidden_states.dtype) for rope in set(self.ropes)}
         masks = causal_masks(set(self.windows), attention_mask, tokens, past, hidden_states)
+        devices = self.layer_devices
+        tables = {device: _moved(rotary, masks, device) for device in set(devices)}
         choices: list[RouterChoice] = []
-        for number, (layer, rope, window) in enumerate(zip(self.layers, self.ropes, self.windows, strict=True)):
+        for number, (layer, device) in enumerate(zip(self.layers, devices, strict=True)):
+            rotary, masks = tables[device]
+            table, mask = rotary[self.ropes[number]], masks[self.windows[number]]
             layer_cache = None if cache is None else cache.layers[number]
-            hidden_states, choice = layer(hidden_states, rotary[rope], masks[window], layer_cache)
+            hidden_states, choice = layer(hidden_states.to(device), table, mask, layer_cache)
             choices += [] if choice is None else [choice]
         if cache is not None:
             cache.advance(tokens)
-        return self.norm(hidden_states), tuple(choices)
+        return self.norm(hidden_states.to(self.norm.weight.device)), tuple(choices)
+
+    @property
+    def layer_devices(self) -> tuple[torch.device, ...]:
+        """Where each layer is, which need not be where the one before it is."""
+        layers = cast(Iterable[DecoderLayer], self.layers)
+        return tuple(layer.input_layernorm.weight.device for layer in layers)
+
+
+Rotary = Mapping[Rope, RotaryTables]
+Masks = Mapping[int | None, Tensor | None]
+
+
+def _moved(rotary: Rotary, masks: Masks, device: torch.device) -> tuple[Rotary, Masks]:
+    """What layers share, on a device: the very same where it is there."""
+    tables = {rope: (cos.to(device), sin.to(device)) for rope, (cos, sin) in rotary.items()}
+    return tables, {window: None if mask is None else mask.to(device) for window, mask in masks.items()}
 
 
 class Decoder(nn.Module):
@@ -172,19 +196,22 @@ class Decoder(nn.Module):
         cache: read, appended to and advanced.  logits_to_keep: only the last so many positions; 0 means all.
         output_router_logits: also give router_logits and aux_loss, and add the latter times router_aux_loss_coef to the
         loss; default: the config's.  ArgumentError: shapes that do not fit together.
+        Where layers are on several devices, states go from one to the next; what is given and what comes back is on the
+        embedding's.
         """
         _check_arguments(input_ids, attention_mask, labels, position_ids, cache, logits_to_keep)
         hidden_states, choices = self.model(input_ids, attention_mask, position_ids=position_ids, cache=cache)
-        logits = self.lm_head(hidden_states[:, -logits_to_keep:])
-        loss = None if labels is None else causal_loss(logits, labels)
+        home = input_ids.device
+        logits = self.lm_head(hidden_states[:, -logits_to_keep:].to(self.lm_head.weight.device))
+        loss = None if labels is None else causal_loss(logits, labels.to(logits.device)).to(home)
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if not wanted:
-            return CausalLMOutput(loss, logits)
-        router_logits = tuple(choice.router_logits for choice in choices)
+            return CausalLMOutput(loss, logits.to(home))
+        router_logits = tuple(choice.router_logits.to(home) for choice in choices)
         aux_loss = self._aux_loss(router_logits, attention_mask, input_ids.shape[1])
         if loss is not None and aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * aux_loss
-        return CausalLMOutput(loss, logits, aux_loss, router_logits)
+        return CausalLMOutput(loss, logits.to(home), aux_loss, router_logits)
 
     def _aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor | None, tokens: int) -> Tensor | None:
         if not router_logits:
@@ -215,6 +242,15 @@ class Decoder(nn.Module):
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
         for buffer in self.buffers():
             buffer.zero_()
+
+    def experts_backend(self, device_type: str) -> str | None:
+        """The backend that runs the routed experts on such a device; None for a dense model.
+
+        BackendError: the one that was named cannot.
+        """
+        dtype = self.model.embed_tokens.weight.dtype
+        names = [module.backend(device_type, dtype) for module in self.modules() if isinstance(module, Experts)]
+        return names[0] if names else None
 
     def set_experts_implementation(self, name: str) -> None:
         """Run all routed experts by this backend from now on.  BackendError: unknown name."""

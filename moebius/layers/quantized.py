@@ -1,5 +1,6 @@
 """Models whose weights stay in quantized forms: which weights can, and what takes their place."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -44,7 +45,7 @@ def can_hold(model: nn.Module, name: str) -> bool:
     """Whether the model's weight of this name may stay in a quantized form: a linear layer's or its experts', plain so
     far and not tied to another.
     """
-    return not _obstacle(model, name)
+    return not _obstacle(model, name, _tied(model))
 
 
 def hold(model: nn.Module, forms: Mapping[str, Form]) -> None:
@@ -54,7 +55,8 @@ def hold(model: nn.Module, forms: Mapping[str, Form]) -> None:
     "...q_proj.weight_scale", or "model.layers.0.mlp.experts.down_proj", with "...down_proj_scale".
     ArgumentError: weights that cannot be held, or not in that form, all of them named; nothing was changed.
     """
-    faults = [fault for name, form in forms.items() for fault in _faults(model, name, form)]
+    tied = _tied(model) if forms else {}
+    faults = [fault for name, form in forms.items() for fault in _faults(model, name, form, tied)]
     if faults:
         raise ArgumentError("these weights cannot be held in a quantized form", faults=faults)
     for name, form in forms.items():
@@ -71,8 +73,15 @@ def _hold(model: nn.Module, name: str, form: Form) -> None:
             setattr(model.get_submodule(parent), child, QuantizedLinear(linear, form))
 
 
-def _faults(model: nn.Module, name: str, form: Form) -> list[Fault]:
-    obstacle = _obstacle(model, name)
+def _tied(model: nn.Module) -> dict[str, bool]:
+    """Of each parameter, by name: whether it stands under another name too."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, parameters.values()))
+    return {name: uses[id(parameter)] > 1 for name, parameter in parameters.items()}
+
+
+def _faults(model: nn.Module, name: str, form: Form, tied: Mapping[str, bool]) -> list[Fault]:
+    obstacle = _obstacle(model, name, tied)
     if obstacle:
         return [Fault(name, "cannot be held", obstacle)]
     try:
@@ -82,12 +91,11 @@ def _faults(model: nn.Module, name: str, form: Form) -> list[Fault]:
     return []
 
 
-def _obstacle(model: nn.Module, name: str) -> str:
-    """Why the weight of this name cannot be held in any form; empty if it can."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if name not in parameters:
+def _obstacle(model: nn.Module, name: str, tied: Mapping[str, bool]) -> str:
+    """Why the weight of this name cannot be held in any form; empty if it can.  tied: see `_tied`."""
+    if name not in tied:
         return "the model has no such parameter"
-    if sum(each is parameters[name] for each in parameters.values()) > 1:
+    if tied[name]:
         return "it is tied to another weight"
     path, _, own_name = name.rpartition(".")
     match model.get_submodule(path):

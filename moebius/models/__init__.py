@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from moebius.checkpoint.files import shown
 from moebius.errors import ConfigError
 from moebius.models import (
     deepseek_v2,
@@ -47,7 +48,7 @@ def family_of(raw_config: Mapping[str, Any]) -> Family:
     model_type = raw_config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    found = "it is missing" if model_type is None else f"{model_type!r} is not built in"
+    found = "it is missing" if model_type is None else f"{shown(model_type)} is not built in"
     known = difflib.get_close_matches(str(model_type), FAMILIES, n=len(FAMILIES), cutoff=0.0)
     raise ConfigError(
         f"config.json: model_type: {found}; known: {', '.join(known)}",

@@ -32,7 +32,7 @@ def read_attention(
     """
     reader.must_be("attention_dropout", 0)
     heads = reader.integer("num_attention_heads")
-    key_value_heads = reader.integer("num_key_value_heads", default=heads)
+    key_value_heads = reader.integer("num_key_value_heads", default=heads, null=heads)
     detail = f"{key_value_heads} does not divide num_attention_heads {heads}"
     reader.relate("num_key_value_heads", heads % key_value_heads == 0, detail, "num_attention_heads")
     width = _read_head_dim(reader, heads, head_dim)
@@ -79,10 +79,7 @@ def read_full_attention_only(reader: ConfigReader) -> None:
     """Fields of windows that count only under `use_sliding_window`, which is refused."""
     reader.must_be("use_sliding_window", False)
     reader.ignore("sliding_window", "max_window_layers")
-    kinds = reader.raw.get("layer_types") or []
-    reader.ignore("layer_types")
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        reader.fault("layer_types", "unsupported", f"{kinds!r}; supported: full_attention on every layer")
+    reader.kinds("layer_types", supported=("full_attention",))
 
 
 def read_windows(reader: ConfigReader, num_layers: int, *, absent: int) -> tuple[int | None, ...]:
@@ -118,14 +115,10 @@ def read_latent_attention(reader: ConfigReader) -> LatentAttention:
     reader.must_be("attention_dropout", 0)
     reader.must_be("rope_interleave", True)
     reader.ignore("head_dim", "qk_head_dim")
-    heads = reader.integer("num_attention_heads")
-    key_value_heads = reader.integer("num_key_value_heads", default=heads)
-    detail = f"{key_value_heads}, but all {heads} heads have keys and values of their own"
-    reader.relate("num_key_value_heads", key_value_heads == heads, detail, "num_attention_heads")
     rope_dim = reader.integer("qk_rope_head_dim")
     reader.relate("qk_rope_head_dim", rope_dim % 2 == 0, f"{rope_dim} is odd; rotary embedding takes channels in pairs")
     return LatentAttention(
-        num_heads=heads,
+        num_heads=_read_latent_heads(reader),
         q_lora_rank=reader.optional_integer("q_lora_rank", absent=1536, minimum=1),
         kv_lora_rank=reader.integer("kv_lora_rank"),
         qk_nope_head_dim=reader.integer("qk_nope_head_dim"),
@@ -135,6 +128,14 @@ def read_latent_attention(reader: ConfigReader) -> LatentAttention:
         norm=LATENT_NORM,
         bias=reader.boolean("attention_bias", default=False),
     )
+
+
+def _read_latent_heads(reader: ConfigReader) -> int:
+    heads = reader.integer("num_attention_heads")
+    key_value_heads = reader.integer("num_key_value_heads", default=heads, null=heads)
+    detail = f"{key_value_heads}, but all {heads} heads have keys and values of their own"
+    reader.relate("num_key_value_heads", key_value_heads == heads, detail, "num_attention_heads")
+    return heads
 
 
 def write_latent_attention(attention: LatentAttention) -> dict[str, Any]:

@@ -10,15 +10,12 @@ from moebius.models.decoder_fields import SpecialId, read_decoder, write_decoder
 from moebius.models.family import Family
 from moebius.models.layer_fields import (
     ROUTED_EXPERTS,
-    only_moe,
     read_groups,
     read_leading_dense_layers,
     read_moe,
     read_plain_shared_expert,
-    routing_of,
-    write_groups,
     write_leading_dense_layers,
-    write_plain_shared_expert,
+    write_routed_experts,
 )
 from moebius.models.reading import ConfigReader
 from moebius.models.rules import SKIPPED_KEYS, plain_shared_expert, standard_experts
@@ -49,27 +46,22 @@ def _read_routing(reader: ConfigReader) -> SoftmaxGroupTopK:
     """`greedy` chooses among all experts, whatever is said of groups."""
     scale = reader.positive("routed_scaling_factor", default=1.0)
     reader.ignore("n_group", "topk_group")
-    if (reader.one_of("topk_method", supported=(GREEDY, GROUPED)) or GREEDY) == GREEDY:
+    if reader.one_of("topk_method", supported=(GREEDY, GROUPED), default=GREEDY) == GREEDY:
         return SoftmaxGroupTopK(scale=scale)
     num_groups, top_groups = read_groups(reader, groups=1, kept=1, fewest=1)
     return SoftmaxGroupTopK(num_groups, top_groups, scale)
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    moe, routing = only_moe(config), routing_of(config, SoftmaxGroupTopK)
+    experts = write_routed_experts(config, SoftmaxGroupTopK())
     return {
         **write_decoder(config),
         **write_latent_attention(latent_mixer(config)),
         **write_leading_dense_layers(config),
-        **write_plain_shared_expert(config),
-        **write_groups(routing),
+        **experts,
         "scoring_func": "softmax",
         "moe_layer_freq": 1,
-        "topk_method": GREEDY if routing.num_groups == 1 else GROUPED,
-        "moe_intermediate_size": moe.intermediate_size,
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": False,
+        "topk_method": GREEDY if experts["n_group"] == 1 else GROUPED,
     }
 
 

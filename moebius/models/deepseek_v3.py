@@ -11,15 +11,12 @@ from moebius.models.decoder_fields import SpecialId, read_decoder, write_decoder
 from moebius.models.family import Family
 from moebius.models.layer_fields import (
     ROUTED_EXPERTS,
-    only_moe,
     read_leading_dense_layers,
     read_moe,
     read_plain_shared_expert,
     read_sigmoid_routing,
-    routing_of,
-    write_groups,
     write_leading_dense_layers,
-    write_plain_shared_expert,
+    write_routed_experts,
 )
 from moebius.models.reading import ConfigReader
 from moebius.models.rules import SKIPPED_KEYS, plain_shared_expert, skipped_layers, standard_experts
@@ -53,20 +50,14 @@ def read_deepseek_v3(reader: ConfigReader, *, model_type: str) -> DecoderConfig:
 
 
 def write_deepseek_v3(config: DecoderConfig) -> dict[str, Any]:
-    moe, routing = only_moe(config), routing_of(config, SigmoidTopK)
     return {
         **write_decoder(config),
         **write_latent_attention(latent_mixer(config)),
         **write_leading_dense_layers(config),
-        **write_plain_shared_expert(config),
-        **write_groups(routing),
+        **write_routed_experts(config, SigmoidTopK(renormalize=True)),
         "scoring_func": "sigmoid",
         "moe_layer_freq": 1,
         "topk_method": "noaux_tc",
-        "moe_intermediate_size": moe.intermediate_size,
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": routing.renormalize,
         "num_nextn_predict_layers": 0,
     }
 

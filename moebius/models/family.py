@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moebius.checkpoint.converter import Rule
+from moebius.checkpoint.files import shown
 from moebius.config import DecoderConfig
 from moebius.errors import ConfigError, Fault
 from moebius.models.reading import ConfigReader
@@ -72,7 +73,7 @@ class Family:
         supported = [[name] for name in (self.architecture, *self.other_architectures)]
         if named is not None and named not in supported:
             expected = " or ".join(map(repr, supported))
-            reader.fault("architectures", "unsupported", f"{named!r}; supported: {expected}")
+            reader.fault("architectures", "unsupported", f"{shown(named)}; supported: {expected}")
 
     def _read_form(self, reader: ConfigReader) -> Form | None:
         """A wrapper may describe its form beside the language model, within it, or both."""

@@ -2,31 +2,24 @@
 
 from typing import Any
 
-from moebius.checkpoint.converter import Rule
 from moebius.config import DecoderConfig, SigmoidTopK
 from moebius.models.attention_fields import grouped_mixer, read_attention, write_attention
 from moebius.models.decoder_fields import read_decoder, write_decoder
+from moebius.models.deepseek_v3 import deepseek_v3_rules
 from moebius.models.family import Family
 from moebius.models.layer_fields import (
     ROUTED_EXPERTS,
-    only_moe,
     read_leading_dense_layers,
     read_moe,
     read_plain_shared_expert,
     read_sigmoid_routing,
-    routing_of,
-    write_groups,
     write_leading_dense_layers,
-    write_plain_shared_expert,
+    write_routed_experts,
 )
 from moebius.models.reading import ConfigReader
-from moebius.models.rules import SKIPPED_KEYS, plain_shared_expert, skipped_layers, standard_experts
 
-INERT = (
-    "num_nextn_predict_layers",
-    "num_mtp_layers",
-    "output_router_logits",
-)  # of layers that are skipped, of training
+# Of layers that are skipped, of training.
+INERT = ("num_nextn_predict_layers", "num_mtp_layers", "output_router_logits")
 
 
 def _read(reader: ConfigReader) -> DecoderConfig:
@@ -49,26 +42,17 @@ def _read(reader: ConfigReader) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    mixer, moe, routing = grouped_mixer(config), only_moe(config), routing_of(config, SigmoidTopK)
+    mixer = grouped_mixer(config)
     return {
         **write_decoder(config),
         **write_attention(mixer),
         **write_leading_dense_layers(config),
-        **write_plain_shared_expert(config),
-        **write_groups(routing),
+        **write_routed_experts(config, SigmoidTopK(renormalize=True)),
         "partial_rotary_factor": mixer.rope.rotary_dim / mixer.head_dim,
         "attention_bias": mixer.qkv_bias,
         "use_qk_norm": mixer.qk_norm == "head",
-        "moe_intermediate_size": moe.intermediate_size,
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": routing.renormalize,
         "num_nextn_predict_layers": 0,
     }
 
 
-def _rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    return (*standard_experts(), *plain_shared_expert(), *SKIPPED_KEYS, *skipped_layers(config))
-
-
-FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", _read, _write, _rules)
+FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", _read, _write, deepseek_v3_rules)

@@ -38,7 +38,7 @@ def _read_wrapper(reader: ConfigReader) -> DecoderConfig:
 
 def _text_of(reader: ConfigReader) -> ConfigReader:
     """The language model's fields; the wrapper has the last word on special ids, and a dtype if the text has none."""
-    text = reader.section(TEXT)
+    text = reader.section(TEXT, optional=False)
     reader.ignore(*IDS, *DTYPES)
     stated = any(text.raw.get(name) is not None for name in DTYPES)
     names = IDS if stated else (*IDS, *DTYPES)

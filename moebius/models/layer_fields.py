@@ -5,6 +5,7 @@ E experts, K experts a token, I expert width.
 
 from typing import Any, TypeVar
 
+from moebius.checkpoint.files import shown
 from moebius.config import (
     Activation,
     DecoderConfig,
@@ -22,9 +23,12 @@ from moebius.errors import ConfigError
 from moebius.models.reading import ConfigReader
 
 MAX_LAYERS = 10_000
-EXPERTS = ("num_experts", "num_local_experts")
 SWIGLU = SwiGLU()
-ROUTED_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+
+EXPERTS = ("num_experts", "num_local_experts")
+"""The spellings of E."""
+ROUTED_EXPERTS = ("n_routed_experts", *EXPERTS)
+"""The spellings of E where some experts are shared, and not among them."""
 
 RoutingKind = TypeVar("RoutingKind", bound=Routing)
 
@@ -67,40 +71,67 @@ def routing_of(config: DecoderConfig, kind: type[RoutingKind]) -> RoutingKind:
     return routing
 
 
-def read_plain_shared_expert(reader: ConfigReader, *, default: int) -> SharedExpert:
-    """One MLP as wide as `n_shared_experts` experts.  default: how many, where the field is absent."""
+def sparse_layer(config: DecoderConfig, unused: RoutingKind) -> tuple[SparseMoe, RoutingKind]:
+    """The first sparse layer's experts and routing, for a family that has dense layers too.
+
+    unused: a routing of the family's kind.  Where all layers are dense it comes with the smallest experts that read,
+    as the fields have to be there all the same.  ConfigError: another kind of routing.
+    """
+    if config.moe_layers:
+        return only_moe(config), routing_of(config, type(unused))
+    width = _dense_width(config, _dense_layers(config))
+    return SparseMoe(2, 1, width, unused, shared_expert=SharedExpert(width, gated=False)), unused
+
+
+def read_plain_shared_expert(reader: ConfigReader, *, default: int | None = None) -> SharedExpert:
+    """One MLP as wide as `n_shared_experts` experts.  default: how many, where the field may be absent."""
     width = reader.integer("moe_intermediate_size")
     return SharedExpert(width * reader.integer("n_shared_experts", default=default), gated=False)
 
 
-def write_plain_shared_expert(config: DecoderConfig) -> dict[str, Any]:
-    moe = only_moe(config)
+def write_routed_experts(config: DecoderConfig, unused: SigmoidTopK | SoftmaxGroupTopK) -> dict[str, Any]:
+    """As DeepSeek and its heirs say it, shared experts and groups included.  unused: see `sparse_layer`."""
+    moe, routing = sparse_layer(config, unused)
+    return {
+        "moe_intermediate_size": moe.intermediate_size,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": _num_shared_experts(config.model_type, moe),
+        "num_experts_per_tok": moe.top_k,
+        "n_group": routing.num_groups,
+        "topk_group": routing.top_groups,
+        "routed_scaling_factor": routing.scale,
+        "norm_topk_prob": isinstance(routing, SigmoidTopK) and routing.renormalize,
+    }
+
+
+def _num_shared_experts(model_type: str, moe: SparseMoe) -> int:
     width = 0 if moe.shared_expert is None else moe.shared_expert.intermediate_size
     if not width or width % moe.intermediate_size:
         raise ConfigError(
-            f"a {config.model_type} config.json has no words for a shared expert of width {width} beside experts of "
+            f"a {model_type} config.json has no words for a shared expert of width {width} beside experts of "
             f"width {moe.intermediate_size}: it says how many experts wide that is"
         )
-    return {"n_shared_experts": width // moe.intermediate_size}
+    return width // moe.intermediate_size
 
 
 # --- groups of experts -----------------------------------------------------------------------------------------------
 
 
 def read_groups(reader: ConfigReader, *, groups: int, kept: int, fewest: int) -> tuple[int, int]:
-    """(num_groups, top_groups); null means one group.
+    """(num_groups, top_groups); null means that there are no groups, which is one.
 
     groups, kept: the family's defaults.  fewest: how many experts a group needs for its score.
     """
     num_groups = reader.optional_integer("n_group", absent=groups, minimum=1) or 1
-    top_groups = reader.optional_integer("topk_group", absent=kept, minimum=1) or 1
+    stated = reader.optional_integer("topk_group", absent=kept, minimum=1)
+    top_groups = stated or 1
     num_experts, top_k = reader.integer(*ROUTED_EXPERTS), reader.integer("num_experts_per_tok")
     size = num_experts // num_groups
     fits = num_experts % num_groups == 0 and size >= fewest
     detail = f"{num_groups} groups of {num_experts} experts: expected equal ones of {fewest} or more"
     reader.relate("n_group", fits, detail, ROUTED_EXPERTS[0])
-    detail = f"{top_groups} of {num_groups} groups"
-    reader.relate("topk_group", top_groups <= num_groups, detail, "n_group")
+    fits = num_groups == 1 if stated is None else stated <= num_groups
+    reader.relate("topk_group", fits, f"{shown(stated)} of {num_groups} groups", "n_group")
     detail = f"{top_k} experts a token from {top_groups} groups of {size}"
     reader.relate("num_experts_per_tok", top_k <= top_groups * size, detail, "n_group", "topk_group", ROUTED_EXPERTS[0])
     return num_groups, top_groups
@@ -119,14 +150,6 @@ def read_sigmoid_routing(
         top_groups=top_groups,
         scale=reader.positive("routed_scaling_factor", default=scale),
     )
-
-
-def write_groups(routing: SigmoidTopK | SoftmaxGroupTopK) -> dict[str, Any]:
-    return {
-        "n_group": routing.num_groups,
-        "topk_group": routing.top_groups,
-        "routed_scaling_factor": routing.scale,
-    }
 
 
 # --- which layers have experts ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from moebius.errors import ConfigError
 from moebius.models.attention_fields import grouped_mixer, read_attention, read_full_attention_only, write_attention
 from moebius.models.decoder_fields import read_decoder, write_decoder, write_router_loss
 from moebius.models.family import Family
-from moebius.models.layer_fields import only_moe, read_moe, read_stepped_layers, routing_of, write_stepped_layers
+from moebius.models.layer_fields import read_moe, read_stepped_layers, sparse_layer, write_stepped_layers
 from moebius.models.reading import ConfigReader
 from moebius.models.rules import SKIPPED_KEYS, standard_experts
 
@@ -27,7 +27,7 @@ def _read(reader: ConfigReader) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    mixer, moe = grouped_mixer(config), only_moe(config)
+    mixer, (moe, routing) = grouped_mixer(config), sparse_layer(config, SoftmaxTopK(renormalize=False))
     if moe.shared_expert is None:
         raise ConfigError("a qwen2_moe config.json cannot say that there is no shared expert")
     return {
@@ -40,7 +40,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "shared_expert_intermediate_size": moe.shared_expert.intermediate_size,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": routing_of(config, SoftmaxTopK).renormalize,
+        "norm_topk_prob": routing.renormalize,
         "use_sliding_window": False,
     }
 

@@ -1,12 +1,14 @@
 """Reading a config.json: every field typed, ranged and accounted for, all faults raised at once.  No torch."""
 
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from moebius.checkpoint.files import shown, shown_name
 from moebius.errors import ConfigError, Fault
 
 MAX_SIZE = 2**31 - 1
+MAX_DETAIL = 500  # characters
 MISSING = object()
 
 BOOKKEEPING_KEYS = """
@@ -35,6 +37,8 @@ class ConfigReader:
 
     A field that is missing or wrong is noted and a harmless stand-in returned, so that reading goes on; `finish` raises
     them all.  A field may have aliases: any spelling counts, two with different values are a contradiction.
+    default: what an absent field means.  null: what null means, which is a fault where the caller does not say:
+    transformers takes it now for false, now for another number than the default.
     """
 
     def __init__(self, raw: Mapping[str, Any], *, within: str = ""):
@@ -43,10 +47,17 @@ class ConfigReader:
         self._within = within
         self._read: set[str] = set()
 
-    def integer(self, *names: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
-        """A whole number in [minimum, maximum]; absent or null means `default`, or is a fault without one."""
+    def integer(
+        self,
+        *names: str,
+        default: int | None = None,
+        null: int | None = None,
+        minimum: int = 1,
+        maximum: int = MAX_SIZE,
+    ) -> int:
+        """A whole number in [minimum, maximum]; absent is a fault without a `default`."""
         expected = f"a whole number from {minimum} to {maximum}"
-        found = self._checked(names, expected, lambda value: _is_integer(value, minimum, maximum), default)
+        found = self._checked(names, expected, lambda value: _is_integer(value, minimum, maximum), default, null=null)
         return minimum if found is None else found
 
     def optional_integer(
@@ -64,24 +75,23 @@ class ConfigReader:
             return absent
         maximum = MAX_SIZE if below is None else below - 1
         expected = f"whole numbers from 0 to {maximum}"
-        value = self._checked((name,), expected, lambda found: _are_integers(found, maximum), [])
+        value = self._checked((name,), expected, lambda found: _are_integers(found, maximum), [], null=[])
         return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
-    def positive(self, *names: str, default: float | None = None) -> float:
+    def positive(self, *names: str, default: float | None = None, null: float | None = None) -> float:
         """A finite number above zero."""
-        found = self._checked(names, "a number above 0", lambda value: _is_number(value) and value > 0, default)
+        expected = "a number above 0"
+        found = self._checked(names, expected, lambda value: _is_number(value) and value > 0, default, null=null)
         return 1.0 if found is None else float(found)
 
-    def non_negative(self, *names: str, default: float) -> float:
+    def non_negative(self, *names: str, default: float, null: float | None = None) -> float:
         """A finite number, zero or more."""
-        found = self._checked(names, "a number, 0 or more", lambda value: _is_number(value) and value >= 0, default)
-        return 0.0 if found is None else float(found)
+        expected = "a number, 0 or more"
+        return float(self._checked(names, expected, lambda value: _is_number(value) and value >= 0, default, null=null))
 
     def optional_positive(self, *names: str) -> float | None:
-        """As `positive`, where absent, null and 0 mean None."""
-        value = self._value(names)
-        absent = value is MISSING or value is None or (_is_number(value) and value == 0)
-        return None if absent else self.positive(*names)
+        """As `positive`, where absent and null mean None."""
+        return None if self._value(names) in (MISSING, None) else self.positive(*names)
 
     def share(self, *names: str, default: float) -> float:
         """A number above 0, up to 1."""
@@ -91,10 +101,11 @@ class ConfigReader:
     def boolean(self, *names: str, default: bool) -> bool:
         return bool(self._checked(names, "true or false", lambda value: isinstance(value, bool), default))
 
-    def one_of(self, *names: str, supported: Iterable[str]) -> str | None:
-        """One of the supported strings; absent or null means None."""
-        choices = tuple(supported)
-        return self._checked(names, f"one of {', '.join(choices)}", lambda value: value in choices, None, optional=True)
+    def one_of(self, *names: str, supported: Iterable[str], default: str | None = None) -> str | None:
+        """One of the supported strings; without a `default`, absent and null mean None."""
+        choices, optional = tuple(supported), default is None
+        expected = f"one of {', '.join(choices)}"
+        return self._checked(names, expected, lambda value: value in choices, default, optional=optional)
 
     def kinds(self, name: str, *, supported: Iterable[str]) -> tuple[str, ...] | None:
         """A list of the supported strings; absent or null means None."""
@@ -108,11 +119,11 @@ class ConfigReader:
         value = self._value((name,))
         value = (supported if absent is MISSING else absent) if value is MISSING else value
         if value != supported or isinstance(value, bool) != isinstance(supported, bool):
-            self.fault(name, "unsupported", f"{_shown(value)}; supported: {_shown(supported)}")
+            self.fault(name, "unsupported", f"{shown(value)}; supported: {shown(supported)}")
 
-    def section(self, name: str) -> "ConfigReader":
+    def section(self, name: str, *, optional: bool = True) -> "ConfigReader":
         """A reader of the object at `name`, empty where that is absent or null; `close` it."""
-        value = self._checked((name,), "an object", lambda found: isinstance(found, Mapping), None, optional=True)
+        value = self._checked((name,), "an object", lambda found: isinstance(found, Mapping), None, optional=optional)
         return ConfigReader(value or {}, within=f"{self._within}{name}.")
 
     def with_fields(self, fields: Mapping[str, Any]) -> "ConfigReader":
@@ -131,8 +142,12 @@ class ConfigReader:
         return ConfigReader(fields, within=self._within)
 
     def close(self, section: "ConfigReader") -> None:
-        """Take over a section's faults, fields that it did not read among them."""
-        self.faults += [*section.faults, *section.unread()]
+        """Take over a section's faults, fields that it did not read among them.
+
+        None where the section is missing or no object: that is one fault, and was noted.
+        """
+        if section._within.removesuffix(".") not in {fault.where for fault in self.faults}:
+            self.faults += [*section.faults, *section.unread()]
 
     def ignore(self, *names: str) -> None:
         """These fields are known, and change nothing here."""
@@ -145,16 +160,21 @@ class ConfigReader:
             self.fault(name, "value", detail)
 
     def fault(self, name: str, what: str, detail: str) -> None:
-        """Note a fault, once however often the field is read."""
-        fault = Fault(self._within + name, what, detail)
+        """Note a fault, once however often the field is read; a detail that repeats a long value is cut."""
+        cut = detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}..."
+        fault = Fault(shown_name(self._within + name), what, cut)
         if fault not in self.faults:
             self.faults.append(fault)
 
     def unread(self) -> list[Fault]:
         """A fault for each field that nothing read."""
-        unread = [str(name) for name in self.raw if name not in self._read and name not in INERT_KEYS]
+        unread = [name for name in self.raw if name not in self._read and name not in INERT_KEYS]
         return [
-            Fault(self._within + name, "unknown field", f"{_shown(self.raw[name])}; what it changes is not implemented")
+            Fault(
+                shown_name(self._within + name),
+                "unknown field",
+                f"{shown(self.raw[name])}; what it changes is not implemented",
+            )
             for name in unread
         ]
 
@@ -175,7 +195,7 @@ class ConfigReader:
         given = {name: value for name, value in found.items() if value is not None}
         values = list((given or found).values())
         if any(value != values[0] for value in values[1:]):
-            spelled = ", ".join(f"{name} {_shown(value)}" for name, value in given.items())
+            spelled = ", ".join(f"{name} {shown(value)}" for name, value in given.items())
             self.fault(names[0], "contradiction", f"{spelled}; they mean the same field")
         return values[0] if values else MISSING
 
@@ -186,16 +206,20 @@ class ConfigReader:
         valid: Callable[[Any], bool],
         default: Any,
         *,
+        null: Any = None,
         optional: bool = False,
     ) -> Any:
+        """optional: absent and null both mean None; without it and a default, both are a missing field."""
         value = self._value(names)
-        if value is MISSING or value is None:
+        if value is None and (null is not None or optional):
+            return null
+        if value is MISSING or (value is None and default is None):
             if default is None and not optional:
                 self.fault(names[0], "missing", f"expected {expected}")
             return default
         if not valid(value):
-            spelled = next(name for name in names if self.raw.get(name) is not None)
-            self.fault(spelled, "value", f"expected {expected}, found {_shown(value)}")
+            spelled = next(name for name in names if self.raw.get(name, MISSING) is value)
+            self.fault(spelled, "value", f"expected {expected}, found {shown(value)}")
             return default
         return value
 
@@ -214,10 +238,5 @@ def _are_kinds(value: object, choices: tuple[str, ...]) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _shown(value: object, limit: int = 80) -> str:
-    """As JSON writes it, roughly, and never longer than a line."""
-    text = {"True": "true", "False": "false", "None": "null"}.get(repr(value), repr(value))
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """Finite, and an integer no larger than a float can be."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -76,13 +76,18 @@ def _read_yarn(reader: ConfigReader, fields: ConfigReader) -> Yarn | None:
     return Yarn(
         factor=fields.positive(*_nested("factor")),
         original_max_position_embeddings=fields.integer(*_nested("original_max_position_embeddings"), default=trained),
-        beta_fast=fields.positive(*_nested("beta_fast"), default=32.0),
-        beta_slow=fields.positive(*_nested("beta_slow"), default=1.0),
+        beta_fast=fields.positive(*_nested("beta_fast"), default=32.0, null=32.0),
+        beta_slow=fields.positive(*_nested("beta_slow"), default=1.0, null=1.0),
         truncate=fields.boolean(*_nested("truncate"), default=True),
-        mscale=fields.optional_positive(*_nested("mscale")),
-        mscale_all_dim=fields.optional_positive(*_nested("mscale_all_dim")),
+        mscale=_read_mscale(fields, "mscale"),
+        mscale_all_dim=_read_mscale(fields, "mscale_all_dim"),
         attention_factor=fields.optional_positive(*_nested("attention_factor")),
     )
+
+
+def _read_mscale(fields: ConfigReader, name: str) -> float | None:
+    """0 means none, as in DeepSeek's own code."""
+    return fields.non_negative(*_nested(name), default=0.0, null=0.0) or None
 
 
 def _write_yarn(yarn: Yarn) -> dict[str, Any]:

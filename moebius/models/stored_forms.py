@@ -4,20 +4,26 @@ It says nothing of the decoder.  Which of the weights are stored so is said by t
 leave out are not read.
 """
 
+from moebius.checkpoint.files import shown
 from moebius.models.reading import ConfigReader
-from moebius.quantization.forms import BlockFp8, Form, Mxfp4, PackedInt4
+from moebius.quantization.forms import BlockFp8, Form, Int8, Mxfp4, PackedInt4
 
 FIELD = "quantization_config"
-SUPPORTED = "fp8 (e4m3, in blocks), mxfp4, compressed-tensors (pack-quantized: 4-bit integers in groups)"
+SUPPORTED = (
+    "fp8 (e4m3, in blocks), mxfp4, compressed-tensors (pack-quantized: 4-bit integers in groups; int-quantized: 8-bit "
+    "integers, a scale a channel)"
+)
 LEFT_TO_THE_FILES = ("modules_to_not_convert", "modules_to_convert", "ignored_layers", "ignore", "version")
 
-# What the integers of a pack-quantized checkpoint have to be; `observer` tells how they were found.
+# What the integers of compressed-tensors have to be, by its name of the layout; `observer` tells how they were found.
+BY_FORMAT = {
+    "pack-quantized": {"num_bits": 4, "strategy": "group"},
+    "int-quantized": {"num_bits": 8, "strategy": "channel", "group_size": None},
+}
 INTEGERS = {
     "type": "int",
-    "num_bits": 4,
     "symmetric": True,
     "dynamic": False,
-    "strategy": "group",
     "actorder": None,
     "block_structure": None,
     "zp_dtype": None,
@@ -36,9 +42,9 @@ def read_stored_form(reader: ConfigReader) -> Form | None:
             section.must_be("dequantize", False)
             form = Mxfp4()
         case "compressed-tensors":
-            form = _packed_int4(section)
+            form = _integers(section)
         case other:
-            reader.fault(f"{FIELD}.quant_method", "unsupported", f"{other!r}; supported: {SUPPORTED}")
+            reader.fault(f"{FIELD}.quant_method", "unsupported", f"{shown(other)}; supported: {SUPPORTED}")
             return None
     section.ignore("quant_method", *LEFT_TO_THE_FILES)
     reader.close(section)
@@ -58,10 +64,10 @@ def _block_fp8(section: ConfigReader) -> BlockFp8:
     return BlockFp8((block[0], block[1]))
 
 
-def _packed_int4(section: ConfigReader) -> PackedInt4:
+def _integers(section: ConfigReader) -> PackedInt4 | Int8:
     stored = section.raw.get("format")
-    if stored != "pack-quantized":
-        section.fault("format", "unsupported", f"{stored!r} of compressed-tensors; supported: {SUPPORTED}")
+    if not isinstance(stored, str) or stored not in BY_FORMAT:
+        section.fault("format", "unsupported", f"{shown(stored)} of compressed-tensors; supported: {SUPPORTED}")
         section.ignore(*section.raw)
         return PackedInt4()
     section.ignore("format", "global_compression_ratio")
@@ -70,12 +76,12 @@ def _packed_int4(section: ConfigReader) -> PackedInt4:
     for field in ("sparsity_config", "transform_config"):
         section.close(section.section(field))  # what says something there is not implemented
     groups = section.section("config_groups")
-    form = _only_group(groups)
+    form = _only_group(groups, stored)
     section.close(groups)
     return form
 
 
-def _only_group(groups: ConfigReader) -> PackedInt4:
+def _only_group(groups: ConfigReader, stored: str) -> PackedInt4 | Int8:
     if len(groups.raw) != 1:
         groups.fault("group_0", "unsupported", f"{len(groups.raw)} groups of modules; supported: one")
         groups.ignore(*groups.raw)
@@ -84,12 +90,12 @@ def _only_group(groups: ConfigReader) -> PackedInt4:
     group = groups.section(name)
     for field, supported in {"input_activations": None, "output_activations": None, "targets": ["Linear"]}.items():
         group.must_be(field, supported)
-    group.one_of("format", supported=("pack-quantized",))
+    group.one_of("format", supported=(stored,))
     weights = group.section("weights")
-    for field, supported in INTEGERS.items():
+    for field, supported in (INTEGERS | BY_FORMAT[stored]).items():
         weights.must_be(field, supported)
     weights.ignore("observer", "observer_kwargs", "scale_dtype")
-    form = PackedInt4(weights.integer("group_size"))
+    form = Int8() if stored == "int-quantized" else PackedInt4(weights.integer("group_size"))
     group.close(weights)
     groups.close(group)
     return form

@@ -41,7 +41,8 @@ def _blocks(form: BlockFp8, part: Tensor, scales: Tensor) -> list[tuple[Tensor, 
     """Views of one segment [..., out, in] beside scales of their width: all whole block rows at once, then the rest."""
     rows, columns = form.block
     whole = part.shape[-2] // rows
-    wide = scales.float().repeat_interleave(columns, dim=-1)[..., : part.shape[-1]]
+    width = part.shape[-1]  # a block may be stated wider than any matrix
+    wide = scales.float().repeat_interleave(min(columns, width), dim=-1)[..., :width]
     return [
         (part[..., : whole * rows, :].unflatten(-2, (whole, rows)), wide[..., :whole, :].unsqueeze(-2)),
         (part[..., whole * rows :, :], wide[..., whole:, :]),

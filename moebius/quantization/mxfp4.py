@@ -8,11 +8,13 @@ from torch import Tensor
 
 from moebius.quantization import nibbles
 from moebius.quantization.forms import Mxfp4
+from moebius.quantization.rounding import nearest_
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1, section 5.3.3
 E2M1 = (*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES))
 LARGEST_EXPONENT = 2  # of e2m1: 4 = 2^2
 EXPONENT_BIAS, NAN_SCALE = 127, 255  # of e8m0, section 5.4.1
+EXPONENT_BITS, ONE, FOUR, MANTISSA_WIDTH = 0x7F800000, 0x3F800000, 0x40800000, 23  # of float32
 
 
 def unpack(form: Mxfp4, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,6 +46,7 @@ def _shared_scales(largest: Tensor) -> Tensor:
 
 def _magnitude_codes(magnitudes: Tensor) -> Tensor:
     """To the nearest e2m1, ties to the even code: its steps are 0.5 below 2, 1 below 4, then 2."""
-    upper = magnitudes.round().add(2).where(magnitudes < 4, (magnitudes / 2).round() + 4)
-    codes = (magnitudes * 2).round().where(magnitudes < 2, upper)
-    return codes.clamp(max=len(MAGNITUDES) - 1).nan_to_num(0).to(torch.uint8)
+    powers = (magnitudes.view(torch.int32) & EXPONENT_BITS).clamp_(ONE, FOUR)  # 1, 2 or 4: two steps
+    codes = nearest_((magnitudes / powers.view(torch.float32)).mul_(2))
+    codes += (powers - ONE).bitwise_right_shift_(MANTISSA_WIDTH - 1)  # two codes for each power before
+    return codes.clamp_(max=len(MAGNITUDES) - 1).nan_to_num_(0).to(torch.uint8)

@@ -138,6 +138,33 @@ def test_a_model_with_held_weights_gives_the_logits_of_the_decoded_ones(form):
     assert held.model.embed_tokens.weight.grad.ne(0).any()
 
 
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+def test_unfreezing_a_model_leaves_held_weights_without_gradient(form):
+    model = Decoder(decoder_config())
+    model.init_weights(torch.Generator().manual_seed(0))
+    hold(model, dict.fromkeys(HELD, form))
+    held = {f"{name}{end}" for name in HELD for end in ("", "_scale")}
+    with torch.no_grad():
+        for name in held:
+            model.get_parameter(name).zero_()
+    model.requires_grad_(True)
+    tokens = torch.randint(0, 128, (2, 7))
+    model(tokens, labels=tokens).loss.backward()
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == held
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} >= held
+
+
+def test_whether_a_weight_can_be_held_is_looked_up_and_not_searched_for(monkeypatch):
+    """The names of a large model's parameters, many thousands, are listed once for all of its weights."""
+    with torch.device("meta"):
+        model = Decoder(decoder_config())
+    listed = []
+    list_names = Decoder.named_parameters
+    monkeypatch.setattr(Decoder, "named_parameters", lambda *given, **o: listed.append(1) or list_names(*given, **o))
+    hold(model, dict.fromkeys(HELD, Mxfp4()))
+    assert len(listed) == 1
+
+
 def test_which_weights_can_be_held():
     with torch.device("meta"):
         model = Decoder(decoder_config())

@@ -88,6 +88,9 @@ def test_an_absent_field_means_what_it_means_in_transformers(family):
     """Only sizes are given; whatever else is written has to be transformers' default."""
     given = tiny_config(family, num_hidden_layers=4)
     sizes = {name: value for name, value in given.items() if name in SIZES}
+    if oracle_config(sizes).to_dict().get("n_shared_experts", 0) is None:  # it knows no default either
+        assert faults(sizes) == {"n_shared_experts": "missing"}
+        sizes["n_shared_experts"] = given["n_shared_experts"]
     ours, theirs = FAMILIES[family].to_hf(read(sizes)), spelled_as_ours(oracle_config(sizes).to_dict())
     judged = ours.keys() - {*SIZES, *LEFT_TO_THE_MODEL, *NO_FIELD_OF_TRANSFORMERS, *SAYS_NOTHING_OF_THE_DECODER}
     judged -= ALWAYS_SAID.get(family, set())
@@ -176,6 +179,11 @@ def test_rope_is_read_in_every_spelling():
 def test_yarn_stretches_the_length_that_the_config_says_where_it_does_not_say_which():
     raw = tiny_config("qwen3_moe", rope_scaling={"rope_type": "yarn", "factor": 4.0})
     assert mixer(raw).rope.yarn == Yarn(4.0, raw["max_position_embeddings"])
+
+
+def test_an_mscale_of_zero_is_none():
+    zero = mixer(tiny_config("deepseek_v3", rope_scaling={**YARN, "mscale": 0, "mscale_all_dim": 0.0})).rope
+    assert (zero.yarn.mscale, zero.yarn.mscale_all_dim) == (None, None)
 
 
 def test_how_much_of_a_head_turns():
@@ -271,6 +279,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         "unsupported",
     ),
     ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "unsupported"),
+    ("qwen3_moe", {"rope_scaling": {**YARN, "attention_factor": 0}}, "rope_scaling.attention_factor", "value"),
     ("qwen3_moe", {"rope_scaling": "yarn"}, "rope_scaling", "value"),
     ("qwen3_moe", {"rope_theta": 0}, "rope_theta", "value"),
     ("qwen3_moe", {"rms_norm_eps": float("nan")}, "rms_norm_eps", "value"),
@@ -291,7 +300,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm", "unsupported"),
     ("qwen3_moe", {"qkv_bias": True}, "qkv_bias", "unsupported"),
     ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size", "unsupported"),
-    ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types", "unsupported"),
+    ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types", "value"),
+    ("qwen2_moe", {"layer_types": "full_attention"}, "layer_types", "value"),
     ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size", "missing"),
     ("mixtral", {"sliding_window": 4096}, "sliding_window", "unsupported"),
     ("mixtral", {"attention_bias": True}, "attention_bias", "unsupported"),

@@ -76,8 +76,6 @@ def test_a_dtype_beside_the_text_counts_where_the_text_has_none():
         ({"text_config": {**TINY["kimi_k2"], "model_type": "llama"}}, "text_config.model_type"),
         ({"text_config": {**TINY["kimi_k2"], "rope_scaling": {"type": "su"}}}, "text_config.rope_scaling.type"),
         ({"text_config": {**TINY["kimi_k2"], "add_cross_attention": True}}, "text_config.add_cross_attention"),
-        ({"text_config": None}, "text_config.vocab_size"),
-        ({"text_config": 3}, "text_config"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"strange": 1}, "strange"),
         ({"architectures": ["KimiK3ForConditionalGeneration"]}, "architectures"),
@@ -87,6 +85,20 @@ def test_faults_are_named_where_they_stand(changes, field):
     with pytest.raises(ConfigError) as raised:
         read(wrapped(tiny_config("kimi_k2"), **changes))
     assert field in {fault.where for fault in raised.value.faults}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text_config": None}, "missing: expected an object"),
+        ({"text_config": 3}, "value: expected an object, found 3"),
+        ({"text_config": []}, "value: expected an object, found []"),
+    ],
+)
+def test_a_text_that_is_not_there_is_one_fault(changes, said):
+    with pytest.raises(ConfigError) as raised:
+        read(wrapped(tiny_config("kimi_k2"), **changes))
+    assert [str(fault) for fault in raised.value.faults] == [f"text_config: {said}"]
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from moebius import AutoModelForCausalLM
 from moebius.checkpoint.converter import WeightSkip
 from moebius.models import FAMILIES
 from tests.families import TINY, tiny_config
+from tests.model_folders import open_in_transformers
 
 
 def shapes(folder):
@@ -20,6 +22,31 @@ def shapes(folder):
 def test_a_model_made_from_nothing_has_the_keys_and_shapes_that_transformers_writes(family, checkpoints, tmp_path):
     AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(tmp_path)
     assert shapes(tmp_path) == shapes(checkpoints(family)[1])
+
+
+ALL_DENSE = {
+    "deepseek_v2": {"first_k_dense_replace": 3},
+    "deepseek_v3": {"first_k_dense_replace": 4},
+    "kimi_k2": {"first_k_dense_replace": 3},
+    "glm4_moe": {"first_k_dense_replace": 3},
+    "qwen3_moe": {"mlp_only_layers": [0, 1]},
+    "qwen2_moe": {"decoder_sparse_step": 3},
+}
+
+
+@pytest.mark.parametrize(("family", "changes"), ALL_DENSE.items(), ids=ALL_DENSE)
+@torch.no_grad()
+def test_a_model_without_a_sparse_layer_is_saved_too(family, changes, tmp_path):
+    made = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+    assert not made.config.moe_layers
+    made.save_pretrained(tmp_path / "made")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    loaded.save_pretrained(tmp_path / "again")
+    tokens = torch.randint(3, 128, (2, 9))
+    for folder in (tmp_path / "made", tmp_path / "again"):
+        theirs = open_in_transformers(folder)(tokens).logits
+        torch.testing.assert_close(made(tokens).logits, theirs, rtol=0, atol=1e-5)
+        assert AutoModelForCausalLM.from_pretrained(folder).config == made.config
 
 
 @pytest.mark.parametrize(

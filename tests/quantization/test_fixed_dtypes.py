@@ -1,5 +1,7 @@
 """What must keep its dtype keeps it, whatever is done to the model around it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,37 @@ def test_what_is_made_later_under_the_name_is_kept_too():
     layer = Layer()
     layer.made_later = nn.Parameter(torch.ones(2))
     assert layer.half().made_later.dtype == torch.float32
+
+
+def with_another(model: nn.Sequential) -> nn.Sequential:
+    model[0].packed = nn.Parameter(torch.zeros(3), requires_grad=False)
+    return model
+
+
+REPLACED = {
+    "nothing": lambda model: model,
+    "another device": lambda model: model.to("meta").to_empty(device="cpu"),
+    "a cast": lambda model: model.half(),
+    "a state dict": lambda model: model.load_state_dict(model.state_dict(), assign=True) and model,
+    "a deep copy": copy.deepcopy,
+    "another parameter": with_another,
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+def test_what_has_no_gradient_takes_none_whatever_is_done_to_it(replace):
+    model = replace(nn.Sequential(Layer()))
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["0.packed"]
+    assert not (model[0].packed.float() * 2).requires_grad
+
+
+def test_what_was_only_frozen_takes_a_gradient_again():
+    model = nn.Sequential(Layer()).requires_grad_(False)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model.requires_grad_(True)[0].gate.requires_grad
 
 
 def test_the_state_dict_is_that_of_a_plain_module():
