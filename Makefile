@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types test-slow test-gpu clean
+.PHONY: demo test lint types test-slow test-gpu fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moebius demo
@@ -21,6 +21,13 @@ types: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# Another seed, more of them, more processes: make fuzz SEED=2 CASES=1000000 JOBS=8
+SEED ?= 1
+CASES ?= 100000
+JOBS ?= 1
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz --count $(CASES) --seed $(SEED) --jobs $(JOBS)
 
 # torch goes in first, by itself, so that the choice of its build (TORCH=...) holds for everything after it.
 $(VENV)/.torch:

@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from moebius.checkpoint.comparing import FLOATS
 from moebius.checkpoint.loading import LoadOptions
 from moebius.errors import ArgumentError, Fault
 from moebius.generation.config import GenerationConfig
+from moebius.placement import CPU, CUDA, STRATEGIES, DeviceMap, Modules, Strategy
+from moebius.quantization.config import QuantizationConfig
 
+LAYOUTS = ("published", "packed")
 ASKS_FOR_NOTHING = (None, False, "")
 
 TRUE_ANYWAY: Mapping[str, tuple[Any, ...]] = {
@@ -34,14 +37,11 @@ REFUSED: Mapping[str, str] = {
     "ignore_mismatched_sizes": "a tensor of another shape is never loaded",
     "offload_folder": "weights are not offloaded to disk",
     "offload_state_dict": "weights are not offloaded to disk",
-    "max_memory": "a model is not split over devices in this version",
     "tp_plan": "tensor parallelism is not offered",
     "tp_size": "tensor parallelism is not offered",
     "distributed_config": "expert parallelism is not in this version",
-    "quantization_config": "quantization is not in this version",
-    "quantization": "quantization is not in this version",
-    "load_in_8bit": "quantization is not in this version",
-    "load_in_4bit": "quantization is not in this version",
+    "load_in_8bit": 'say quantization="int8"',
+    "load_in_4bit": 'say quantization="int4" or "mxfp4"',
     "config": "a checkpoint is opened by its own config.json; edit that",
     "state_dict": "weights come from the checkpoint's files; use load_state_dict on the model",
     "key_mapping": "say it with weight_conversions=[WeightRenaming(...)]",
@@ -62,6 +62,8 @@ HONOURED = (
     "output_loading_info",
     "loading",
     "mapping",
+    "quantization",
+    "quantization_config",
 )
 
 
@@ -76,10 +78,12 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _fault(name: str, value: Any) -> Fault | None:
     if name in hub.OPTIONS or name == "torch_dtype":
         return None
+    if name == "max_memory":
+        return _memory_fault(value)
     if name in REFUSED or name in TRUE_ANYWAY:
         fits = value in TRUE_ANYWAY.get(name, ASKS_FOR_NOTHING)
         return None if fits else Fault(f"{name}={value!r}", "not supported", REFUSED.get(name, "leave it out"))
-    known = [*HONOURED, *hub.OPTIONS, *TRUE_ANYWAY]
+    known = [*HONOURED, "max_memory", *hub.OPTIONS, *TRUE_ANYWAY]
     near = difflib.get_close_matches(name, known, n=1)
     return Fault(name, "unknown argument", f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
 
@@ -102,6 +106,28 @@ def dtype_name_of(dtype: str | torch.dtype | None) -> str | None:
     return name
 
 
+def quantization_of(form: str | None, config: object) -> QuantizationConfig | None:
+    """What `quantization` and `quantization_config` ask for: a form's name, or all there is to say; None for nothing.
+
+    ArgumentError: both that differ, another library's config, or what QuantizationConfig refuses.
+    """
+    match config:
+        case None:
+            return None if form is None else QuantizationConfig(form)
+        case QuantizationConfig():
+            given = config
+        case Mapping():
+            given = QuantizationConfig.from_dict({**({} if form is None else {"form": form}), **config})
+        case _:
+            raise ArgumentError(
+                f"quantization_config: {type(config).__module__}.{type(config).__name__} is not read",
+                advice='give a dict such as {"form": "int4", "group_size": 32}, or a moebius QuantizationConfig',
+            )
+    if form not in (None, given.form):
+        raise ArgumentError(f"quantization={form!r} and quantization_config's {given.form!r} contradict each other")
+    return given
+
+
 def generation_config_of(given: object) -> GenerationConfig:
     """`given`, or nothing set for None.  ArgumentError: another library's."""
     if given is None or isinstance(given, GenerationConfig):
@@ -113,21 +139,63 @@ def generation_config_of(given: object) -> GenerationConfig:
     )
 
 
-def device_of(device_map: Any) -> torch.device:
-    """The one device a model goes to.  ArgumentError: a map over several devices, or a device that is not there."""
-    if isinstance(device_map, Mapping) and list(device_map) == [""]:
-        device_map = device_map[""]
-    if device_map == "auto":
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(device_map, Mapping) or device_map in ("balanced", "balanced_low_0", "sequential"):
-        raise ArgumentError(f"device_map={device_map!r}: a model is not split over devices in this version; give one")
+def device_map_of(device_map: Any, max_memory: Mapping[int | str, int | str] | None = None) -> DeviceMap:
+    """Where a model is to go, devices spelled out: "cuda" is the current GPU, 1 is "cuda:1", None the CPU.
+
+    ArgumentError: devices that are not there, or limits where nothing is to be spread.
+    """
+    if isinstance(device_map, str) and device_map in STRATEGIES:
+        gpus = [f"{CUDA}{number}" for number in range(torch.cuda.device_count())]
+        limits = {} if max_memory is None else _limits(max_memory)
+        return Strategy(device_map, list(limits) or [*gpus, CPU], limits)
+    if max_memory is not None:
+        spread = ", ".join(map(repr, STRATEGIES))
+        raise ArgumentError(f"max_memory is for device_map={spread}; found device_map={device_map!r}")
+    modules = device_map if isinstance(device_map, Mapping) else {"": CPU if device_map is None else device_map}
+    _check_devices("device_map", modules.values())
+    return Modules({str(name): _device_name(device) for name, device in modules.items()})
+
+
+def _limits(max_memory: Mapping[int | str, int | str]) -> dict[str, int]:
+    """Bytes by device, GPUs by their number, the CPU last."""
+    _check_devices("max_memory", max_memory)
+    nbytes = {_device_name(device): byte_count(size, "max_memory") for device, size in max_memory.items()}
+    return dict(sorted(nbytes.items(), key=lambda item: (item[0] == CPU, torch.device(item[0]).index or 0)))
+
+
+def _memory_fault(max_memory: object) -> Fault | None:
+    if max_memory is None or (isinstance(max_memory, Mapping) and max_memory):
+        return None
+    return Fault(f"max_memory={max_memory!r}", "value", 'expected bytes by device, as {0: "10GiB", "cpu": "30GiB"}')
+
+
+def _check_devices(argument: str, devices: Iterable[Any]) -> None:
+    faults = [Fault(f"{argument}={device!r}", *found) for device in devices if (found := _device_fault(device))]
+    if faults:
+        raise ArgumentError(f"{argument} refused", faults=dict.fromkeys(faults))
+
+
+def _device_fault(device: Any) -> tuple[str, str] | None:
     try:
-        device = torch.device("cpu" if device_map is None else device_map)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device_map={device_map!r}: expected 'cpu', 'cuda', 'cuda:N', 'auto' or 'meta'") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device_map={device_map!r}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError):
+        return (
+            "device",
+            "expected 'cpu', 'cuda', 'cuda:N', 'meta', or of a whole model 'auto', 'balanced', 'sequential'",
+        )
+    if found.type not in (CPU, "cuda", "meta"):
+        return "device", f"{found.type} is not supported"
+    if found.type == "cuda" and not 0 <= (found.index or 0) < torch.cuda.device_count():
+        return "not there", f"torch sees {torch.cuda.device_count()} CUDA devices"
+    return None
+
+
+def _device_name(device: Any) -> str:
+    """torch's, with its number; the device was checked."""
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if found.type != "cuda":
+        return found.type
+    return f"{CUDA}{torch.cuda.current_device() if found.index is None else found.index}"
 
 
 def load_options(loading: str | None, mapping: str) -> LoadOptions:
@@ -154,12 +222,19 @@ def _readers() -> int | None:
     return None if text is None else int(text)
 
 
-def byte_count(size: int | str) -> int:
+def layout_of(layout: str | None) -> str | None:
+    """ArgumentError: not one of LAYOUTS, nor None."""
+    if layout not in (None, *LAYOUTS):
+        raise ArgumentError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    return layout
+
+
+def byte_count(size: int | str, argument: str = "max_shard_size") -> int:
     """5_000_000_000, "5GB", "200MB" (powers of ten, as transformers reads them) or "5GiB"."""
     if isinstance(size, int) and size > 0:
         return size
     match = re.fullmatch(r"(\d+)\s*([kKMGT]?)(i?)B", str(size))
     if not match or int(match[1]) == 0:
-        raise ArgumentError(f"max_shard_size={size!r}: expected bytes, or a number with a unit such as '5GB'")
+        raise ArgumentError(f"{argument}={size!r}: expected bytes, or a number with a unit such as '5GB'")
     power = " KMGT".index((match[2] or " ").upper())
     return int(match[1]) * (1024 if match[3] else 1000) ** power

@@ -10,21 +10,29 @@ from typing import Any
 
 import torch
 
-from moebius import arguments, checkpoint, model_folder
+from moebius import arguments, checkpoint, model_folder, placement
 from moebius.checkpoint import hub, reversing
+from moebius.checkpoint.collection import collection_paused
 from moebius.checkpoint.comparing import FLOATS
 from moebius.checkpoint.converter import Rule
-from moebius.checkpoint.files import CheckpointFiles
-from moebius.checkpoint.loading import Progress, check_room
+from moebius.checkpoint.device import PinnedSlots
+from moebius.checkpoint.files import CheckpointFiles, fault_error
+from moebius.checkpoint.loading import Progress, check_room, free_bytes
 from moebius.checkpoint.planning import Plan, Target
+from moebius.checkpoint.publishing import publish, unmerged
+from moebius.checkpoint.quantizing import Packing, quantized
 from moebius.checkpoint.reading import dtype_name, torch_dtype
 from moebius.config import DecoderConfig
+from moebius.errors import CheckpointError, Fault
 from moebius.generation.config import GenerationConfig
 from moebius.generation.engine import generate
 from moebius.layers.decoder import Decoder
-from moebius.layers.quantized import hold
+from moebius.layers.quantized import can_hold, hold
+from moebius.layers.quantizing import forms_for, segments_of
 from moebius.models import Family, family_of
 from moebius.models.counting import count_parameters
+from moebius.models.published_forms import write_stored_form
+from moebius.quantization.config import QuantizationConfig
 from moebius.quantization.forms import Form
 
 NOTHING_HELD: Mapping[str, Form] = {}
@@ -36,7 +44,7 @@ class OpenedCheckpoint:
     """A checkpoint whose headers are read and whose plan is made; no weight was read.
 
     raw_config: config.json as it stands.  dtype: of the model that the plan fills.  held: the weights that the model
-    keeps in the quantized form in which they are stored.
+    holds in a quantized form, that in which they are stored or the one they are brought to.
     """
 
     folder: Path
@@ -48,6 +56,15 @@ class OpenedCheckpoint:
     plan: Plan
     held: Mapping[str, Form]
     weight_conversions: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Save:
+    """What a save writes, and from what; quantization_config: None where config.json's own holds, if there is one."""
+
+    plan: Plan | reversing.SavePlan
+    tensors: Mapping[str, torch.Tensor]
+    quantization_config: Mapping[str, Any] | None = None
 
 
 class CausalLM(Decoder):
@@ -76,6 +93,11 @@ class CausalLM(Decoder):
         return self.model.embed_tokens.weight.device
 
     @property
+    def hf_device_map(self) -> dict[str, int | str]:
+        """The device of each part, {"": device} where all are on one; a GPU by its number.  As transformers has it."""
+        return placement.hf_device_map({name: str(tensor.device) for name, tensor in self.state_dict().items()})
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
@@ -100,38 +122,58 @@ class CausalLM(Decoder):
         return generate(self, input_ids, generation_config=given, **options)
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", progress: Progress | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        layout: str | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Writes the model in the hub's own layout: per-expert tensors, config.json, generation_config.json.
 
         A loaded model keeps its files' names, keys and order (max_shard_size then has no say).  One whose weights were
-        decoded from a quantized form is written as a plain one, without what it does not use.  Other files of the
-        folder stay.  Raises SaveError if it cannot be written; the folder then holds what it held.
+        decoded or quantized while they were read is written anew, without what it does not use: plain, or as its form
+        is published (docs/quantization.md).  layout: "published" writes any model anew in its family's layout, "packed"
+        with the experts as they lie in memory.  Other files of the folder stay.
+        Raises SaveError if it cannot be written; the folder then holds what it held.
         """
-        tensors = {names[0]: tensor.detach() for names, tensor in _named_tensors(self)}
-        plan = self._save_plan(arguments.byte_count(max_shard_size))
-        checkpoint.save(plan, tensors, path, extra_files=self._described(), progress=progress)
+        todo = self._save_plan(arguments.byte_count(max_shard_size), arguments.layout_of(layout))
+        checkpoint.save(todo.plan, todo.tensors, path, extra_files=self._described(todo), progress=progress)
         if self.source and self.source.folder.resolve() == hub.local_path(path).resolve():
             self.source = _reopened(self.source)
 
-    def _save_plan(self, max_shard_bytes: int) -> Plan | reversing.SavePlan:
-        if self.plan and not self.plan.encoded:
-            return self.plan
+    def _save_plan(self, max_shard_bytes: int, layout: str | None) -> _Save:
+        tensors = {names[0]: tensor.detach() for names, tensor in _named_tensors(self)}
+        if self.plan and layout is None and not (self.plan.encoded or self.plan.packs):
+            return _Save(self.plan, tensors)
         if self.plan and self.plan.skipped:
             logger.warning("not written: %d tensors that the model does not use", len(self.plan.skipped))
-        return reversing.from_nothing(self.family.rules(self.config), _targets(self), max_shard_bytes)
+        rules = self.family.rules(self.config)
+        held = self.source.held if self.source else NOTHING_HELD
+        if held:
+            published = publish(rules, tensors, _packings(held), max_shard_bytes, packed=layout == "packed")
+            stored = write_stored_form(published.form, published.plain_modules)
+            return _Save(published.plan, published.tensors, stored)
+        kept = unmerged(rules) if layout == "packed" else rules
+        return _Save(reversing.from_nothing(kept, _targets(self), max_shard_bytes), tensors)
 
-    def _described(self) -> dict[str, bytes]:
-        raw = self.source.raw_config if self.source else self.family.to_hf(self.config)
-        decoded = bool(self.plan and self.plan.encoded)
-        folder = self.source and self.source.folder
-        return model_folder.described(raw, dtype_name(self.dtype), self.generation_config, folder, decoded=decoded)
+    def _described(self, todo: _Save) -> dict[str, bytes]:
+        # what is written anew is described anew: the files' own words may speak of what is not there any more
+        raw = self.source.raw_config if self.source and todo.plan is self.plan else self.family.to_hf(self.config)
+        return model_folder.described(
+            raw,
+            dtype_name(self.dtype),
+            self.generation_config,
+            self.source and self.source.folder,
+            quantization_config=todo.quantization_config,
+        )
 
 
 class AutoModelForCausalLM:
     """Opens any checkpoint of a known family."""
 
     @classmethod
+    @collection_paused()
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -143,6 +185,8 @@ class AutoModelForCausalLM:
         check_tensors: bool = False,
         loading: str | None = None,
         mapping: str = "auto",
+        quantization: str | None = None,
+        quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         output_loading_info: bool = False,
         **options: Any,
@@ -150,30 +194,44 @@ class AutoModelForCausalLM:
         """The model in a folder or of a hub id, on `device_map`, in eval mode.
 
         dtype: "auto" (the checkpoint's; weights that are stored quantized stay so), a torch dtype or its name
-        (quantized weights are decoded while they are read).  device_map: None or "cpu", "cuda", "cuda:N", "auto" (a GPU
-        if there is one), "meta" (no weights).  experts_implementation: a backend's name, or "auto".
+        (quantized weights are decoded while they are read).  device_map: None or "cpu", "cuda", "cuda:N", "meta" (no
+        weights), a device a module ({"model": 0, "lm_head": "cpu"}, a layer being the smallest), or "auto" (one GPU if
+        it can take all, else layers are spread over all GPUs and the host), "balanced", "sequential" (see
+        placement.Strategy).  experts_implementation: a backend's name, or "auto".
         weight_conversions: rules that come before the family's.  check_tensors: also refuse NaN.
         loading: "async" (threads, the default) or "sync" (one, in the files' order; also HF_DEACTIVATE_ASYNC_LOAD=1).
         mapping: "auto" lets CPU weights be pages of the files where they lie there as they are needed (a change of the
         files would be a change of the weights; they are aligned as in the file, so that products may differ in their
         last bit), "never" copies them.
-        output_loading_info: give (model, info), as transformers does.  options: revision, token, cache_dir,
+        quantization: "int8", "int4", "fp8" or "mxfp4" quantizes experts and linear layers while they are read;
+        quantization_config says more (a QuantizationConfig or its fields).
+        output_loading_info: give (model, info), as transformers does.  options: max_memory, the bytes that weights may
+        take of each device ({0: "10GiB", "cpu": "30GiB"}; no other is used), revision, token, cache_dir,
         local_files_only, force_download; transformers' other arguments are accepted where they are true anyway and
         refused by name where they are not.
         Raises ArgumentError, ConfigError, CheckpointError, BackendError, CapacityError, before a weight is read.
         """
         download = arguments.check_options(options)
-        device, how = arguments.device_of(device_map), arguments.load_options(loading, mapping)
+        wanted = arguments.device_map_of(device_map, options.get("max_memory"))
+        how = arguments.load_options(loading, mapping)
+        pinned = PinnedSlots() if any(map(placement.is_gpu, wanted.devices)) else None  # while the plan is made
         opened = open_checkpoint(
-            name_or_path, dtype=arguments.either(dtype, options), weight_conversions=weight_conversions, **download
+            name_or_path,
+            dtype=arguments.either(dtype, options),
+            weight_conversions=weight_conversions,
+            quantization=arguments.quantization_of(quantization, quantization_config),
+            **download,
         )
         model = _build(opened.config, opened.family, experts_implementation, opened.held)
         model.source = opened
         model.generation_config = GenerationConfig.from_pretrained(opened.folder)
-        if device.type != "meta":
-            check_room(opened.plan, device)
+        devices = placement.place(wanted, opened.plan, free_bytes)
+        if "meta" not in devices.values():
+            for kind in {torch.device(device).type for device in devices.values()}:
+                model.experts_backend(kind)  # refused here if it cannot run, before a weight is read
+            check_room(opened.plan, devices)
             loaded = checkpoint.load(
-                opened.plan, device=device, progress=progress, check_tensors=check_tensors, options=how
+                opened.plan, device=devices, progress=progress, check_tensors=check_tensors, options=how, pinned=pinned
             )
             _fill(model, loaded)
         model.eval()
@@ -203,11 +261,13 @@ class AutoModelForCausalLM:
         return model
 
 
+@collection_paused()
 def open_checkpoint(
     name_or_path: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype | None = None,
     weight_conversions: Sequence[Rule] = (),
+    quantization: QuantizationConfig | None = None,
     **download: Any,
 ) -> OpenedCheckpoint:
     """Reads config and headers and makes the plan: everything that loading checks before it reads a weight.
@@ -220,19 +280,44 @@ def open_checkpoint(
     family = family_of(raw)
     config = family.from_hf(raw)
     files = checkpoint.open_files(folder)
+    _refuse_more_than_stored(config, files)
     config = replace(config, dtype=wanted or config.dtype or _stored_dtype(files))
 
     def planned(model: CausalLM, *, keep: bool) -> Plan:
         rules, form = family.rules(config), family.stored_form(raw)
         return checkpoint.plan(files, rules, _targets(model), weight_conversions, form=form, keep=keep)
 
-    plan = planned(_build(config, family, "auto"), keep=False)
-    held = {} if wanted else plan.encoded
-    if held:
+    plain = _build(config, family, "auto")
+    plan = planned(plain, keep=False)
+    if quantization:
+        held = forms_for(plain, quantization)
+        plan = quantized(plan, _packings(held))
+    elif held := {} if wanted else _held(plan, plain):
         plan = planned(_build(config, family, "auto", held), keep=True)
     return OpenedCheckpoint(
         folder, raw, family, config, str(config.dtype), files, plan, held, tuple(weight_conversions)
     )
+
+
+def _held(plan: Plan, model: CausalLM) -> Mapping[str, Form]:
+    """The weights that are stored quantized and stay so.  CheckpointError: some that a model can only hold plain."""
+    faults = [
+        Fault(name, "stored quantized", f"as {form.name}; the model can only hold it plain")
+        for name, form in plan.encoded.items()
+        if not can_hold(model, name)
+    ]
+    if faults:
+        message = f"{plan.files.folder}: not all quantized weights can stay so; no weight was read"
+        raise CheckpointError(message, faults=faults, advice='load it with dtype="bfloat16", which decodes all of them')
+    return plan.encoded
+
+
+def _refuse_more_than_stored(config: DecoderConfig, files: CheckpointFiles) -> None:
+    """Before a model of such a size is made: a plan names what is missing, but cannot be made of absurd sizes."""
+    asked, room = count_parameters(config).total, 64 * files.nbytes  # well beyond what a plan can list by name
+    if asked > room:
+        detail = f"it asks for {asked:,} parameters; {files.nbytes:,} bytes of weights are there"
+        raise fault_error(files.folder, [Fault(model_folder.CONFIG_FILE, "more than the files hold", detail)])
 
 
 def _reopened(opened: OpenedCheckpoint) -> OpenedCheckpoint:
@@ -246,6 +331,10 @@ def _stored_dtype(files: CheckpointFiles) -> str:
     for info in files.tensors.values():
         nbytes[info.dtype] += info.nbytes if info.dtype in FLOATS else 0
     return max(FLOATS, key=lambda name: nbytes[name])
+
+
+def _packings(held: Mapping[str, Form]) -> dict[str, Packing]:
+    return {name: Packing(form, segments_of(name)) for name, form in held.items()}
 
 
 def _build(
@@ -270,6 +359,11 @@ def _named_tensors(model: CausalLM) -> list[tuple[list[str], torch.Tensor]]:
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
     return [(group, tensors[group[0]]) for group in names.values()]
+
+
+def targets_of(config: DecoderConfig, family: Family) -> list[Target]:
+    """What a plain model of this config wants filled, in the config's dtype."""
+    return _targets(_build(config, family, "auto"))
 
 
 def _targets(model: CausalLM) -> list[Target]:

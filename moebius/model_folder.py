@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moebius.checkpoint.files import parse_json, reason
+from moebius.checkpoint.files import parse_json, read_regular, reason
 from moebius.errors import ConfigError
 from moebius.generation.config import FIELDS, GENERATION_FILE, GenerationConfig
 
 CONFIG_FILE = "config.json"
+FIELD = "quantization_config"
 ADAPTER_FILE = "adapter_config.json"  # peft's; transformers would load what it names instead of the folder's weights
 
 
@@ -26,7 +27,7 @@ def read_config(place: Path) -> Mapping[str, Any]:
         )
     path = place if place.is_file() else place / CONFIG_FILE
     try:
-        raw = parse_json(path.read_bytes())
+        raw = parse_json(read_regular(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: missing", advice="give a folder with config.json and *.safetensors") from error
     except (OSError, ValueError) as error:
@@ -37,30 +38,34 @@ def read_config(place: Path) -> Mapping[str, Any]:
 
 
 def described(
-    raw: Mapping[str, Any], dtype: str, generation: GenerationConfig, source: Path | None, *, decoded: bool = False
+    raw: Mapping[str, Any],
+    dtype: str,
+    generation: GenerationConfig,
+    source: Path | None,
+    *,
+    quantization_config: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """The files to be written beside weights of `dtype`: what was read, with dtype and settings brought up to date.
 
     source: the folder the model came from, whose generation_config.json may say more than a GenerationConfig holds.
-    decoded: the weights were quantized there and are not any more.
+    quantization_config: the one that takes the place of what was read.
     """
     besides = {name: value for name, value in _read_object(source, GENERATION_FILE).items() if name not in FIELDS}
     files = {
-        CONFIG_FILE: _up_to_date(raw, dtype, decoded),
+        CONFIG_FILE: _up_to_date(raw, dtype) | ({FIELD: quantization_config} if quantization_config else {}),
         GENERATION_FILE: {**besides, **generation.to_hf()},  # also if empty: an older one in its place would be obeyed
     }
     return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
 
 
-def _up_to_date(raw: Mapping[str, Any], dtype: str, decoded: bool) -> dict[str, Any]:
+def _up_to_date(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config.json of weights of `dtype`; where a wrapper keeps the text model's fields in a section, there too."""
     spellings = [name for name in ("torch_dtype", "dtype") if name in raw] or ["dtype"]
-    kept = {name: value for name, value in raw.items() if not (decoded and name == "quantization_config")}
     section = raw.get("text_config")
-    inner = {"text_config": _up_to_date(section, dtype, decoded)} if isinstance(section, Mapping) else {}
-    return {**kept, **inner, **dict.fromkeys(spellings, dtype)}
+    inner = {"text_config": _up_to_date(section, dtype)} if isinstance(section, Mapping) else {}
+    return {**raw, **inner, **dict.fromkeys(spellings, dtype)}
 
 
 def _read_object(folder: Path | None, name: str) -> Mapping[str, Any]:
     path = folder and folder / name
-    return parse_json(path.read_bytes()) if path and path.is_file() else {}
+    return parse_json(read_regular(path)) if path and path.is_file() else {}

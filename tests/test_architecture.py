@@ -20,11 +20,13 @@ LEVELS = (
     {"config"},
 )
 OPEN_TO_ALL = {"errors", "tokenizer"}
-FRONT = {"arguments": "auto", "model_folder": "auto", "auto_tokenizer": "auto"}  # parts of the front door, at its level
+# Parts of the front door, at its level.
+FRONT = {"arguments": "auto", "placement": "auto", "model_folder": "auto", "auto_tokenizer": "auto"}
 EXCEPTIONS = {"integrations": {"experts", "quantization", "config"}, "tokenizer": set(), "errors": set()}
 TORCH_FREE = {
     "config.py",
     "errors.py",
+    "placement.py",
     "checkpoint/files.py",
     "checkpoint/operations.py",
     "checkpoint/converter.py",

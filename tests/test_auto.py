@@ -191,7 +191,7 @@ def test_transformers_arguments_that_hold_anyway_are_taken(checkpoints, options)
         ({"revision": "v2"}, "a folder has no revisions"),
         ({"key_mapping": {"a": "b"}}, "weight_conversions"),
         ({"device_map": "gpu"}, "expected 'cpu', 'cuda'"),
-        ({"device_map": {"model.embed_tokens": 0}}, "not split over devices"),
+        ({"device_map": {"model.embed_tokens": 0}}, "device_map=0: not there"),
         ({"device_map": "cuda:7"}, "torch sees 0 CUDA devices"),
     ],
 )

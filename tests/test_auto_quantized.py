@@ -2,6 +2,7 @@
 for byte, decoded they become plain checkpoints that transformers opens.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from moebius import AutoModelForCausalLM, CheckpointError, open_checkpoint
+from moebius import AutoModelForCausalLM, BackendError, CheckpointError, open_checkpoint
 from tests.checkpoint.folders import read
 from tests.families import make_oracle, save_oracle, tiny_config
 from tests.model_folders import ids_for, logits, open_in_transformers
@@ -162,6 +163,38 @@ def test_gradients_flow_through_kept_weights_to_what_is_plain(pairs, name):
     for key in trained:
         grad, bound = theirs[key].grad, 1e-5 * max(1.0, theirs[key].grad.abs().max().item())
         assert furthest(ours[key].grad, grad) < bound, key
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
+def test_a_named_backend_that_takes_plain_weights_is_refused_before_a_weight_is_read(pairs, backend, monkeypatch):
+    monkeypatch.setattr("moebius.checkpoint.load", None)
+    with pytest.raises(BackendError, match=r'held as mxfp4.*\n.*dtype="bfloat16", which decodes'):
+        AutoModelForCausalLM.from_pretrained(pairs("gpt_oss-mxfp4").quantized, experts_implementation=backend)
+    monkeypatch.undo()
+    model = AutoModelForCausalLM.from_pretrained(
+        pairs("gpt_oss-mxfp4").quantized, dtype="float32", experts_implementation=backend
+    )
+    assert model(ids_for(model)).logits.isfinite().all()
+
+
+def test_a_quantized_weight_that_can_only_be_held_plain_is_refused_by_name_and_decoded_if_asked(tmp_path):
+    config = tiny_config("qwen3_moe")
+    hub = read(save_oracle(make_oracle("qwen3_moe"), tmp_path / "oracle"))
+    pair = quantized_pair(
+        tmp_path, config, hub, lambda key, weight: fp8_block(weight, BLOCK) if "gate." in key else None, FP8
+    )
+    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.gate.weight: stored quantized.*\n.*") as caught:
+        opened(pair.quantized)
+    assert "decodes all of them" in str(caught.value)
+    ids = ids_for(decoded := opened(pair.quantized, dtype="float32"))
+    assert torch.equal(logits(decoded, ids), logits(opened(pair.plain), ids))
+
+
+def test_a_decoded_save_describes_what_is_there(pairs, tmp_path):
+    opened(pairs("deepseek_v3-fp8").quantized, dtype="float32").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in saved
+    assert saved["num_nextn_predict_layers"] == 0  # such layers are not written
 
 
 def test_a_plan_says_what_is_decoded(pairs):

@@ -127,9 +127,16 @@ def _dtypes(infos: Sequence[Stored], expected: str) -> list[Fault]:
         if info.dtype != common
     ]
     if common != expected and not (common in (*FLOATS, *FORM_NAMES) and expected in FLOATS):
-        detail = f"found {common} in {infos[0].file}, expected {expected}; only floats are cast"
+        detail = f"found {common} in {infos[0].file}, expected {expected}; {_why_not(common, infos[0].name)}"
         faults.append(Fault(infos[0].name, "dtype", detail))
     return faults
+
+
+def _why_not(dtype: str, name: str) -> str:
+    """Why a tensor of this dtype is not cast."""
+    if dtype == "float8_e4m3fn":
+        return f"its scales, {name}_scale_inv, are not in the files"
+    return "only floats are cast"
 
 
 def _seen(info: Stored) -> str:

@@ -6,10 +6,11 @@ tensors, gives one layout for each source key.  So what must be in the files is 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 
 from moebius.checkpoint.converter import Match, WeightConverter
-from moebius.checkpoint.operations import Layout, LayoutError, forward, inverse, with_sizes
+from moebius.checkpoint.operations import Layout, LayoutError, Operation, Part, forward, inverse, with_sizes
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ def expand(
     absent = [name for group in names for name in group if name not in shapes]
     if absent:
         raise LayoutError(f"the model has no parameter {absent[0]}")
-    layouts = [[Layout.whole(name, shapes[name]) for name in group] for group in names]
-    pulled = _pull(rule, match, layouts, stored)
-    sources = tuple(_sources(rule, pattern, match, group) for pattern, group in enumerate(pulled))
-    return Conversion(rule, tuple(name for group in names for name in group), sources)
+    targets = tuple(name for group in names for name in group)
+    pulled = _pull(rule, match, tuple(tuple(tuple(shapes[name]) for name in group) for group in names), stored)
+    sources = tuple(_sources(rule, pattern, match, group, targets) for pattern, group in enumerate(pulled))
+    return Conversion(rule, targets, sources)
 
 
 def _target_names(rule: WeightConverter, pattern: int, match: Match, shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -72,18 +73,29 @@ def _target_names(rule: WeightConverter, pattern: int, match: Match, shapes: Map
     raise AssertionError("count() does not end")
 
 
+Shapes = tuple[tuple[tuple[int, ...], ...], ...]  # of the targets, one tuple a pattern
+
+
 def _pull(
-    rule: WeightConverter, match: Match, layouts: list[list[Layout]], stored: Mapping[str, Sequence[int]]
+    rule: WeightConverter, match: Match, shapes: Shapes, stored: Mapping[str, Sequence[int]]
 ) -> list[list[Layout]]:
     """The sources' layouts; unequal parts of a concatenation take their sizes from the stored tensors, if they fit."""
     sample = _sample(rule, match, stored)
     if sample:
         try:
             sized = with_sizes(rule.operations, sample, len(rule.targets))
-            return forward(inverse(sized), layouts, len(rule.sources))
+            return _pulled(sized, shapes, len(rule.sources))
         except LayoutError:
             pass  # a stored shape is wrong: go on with equal parts, so that the fault is reported at its key
-    return forward(inverse(rule.operations), layouts, len(rule.sources))
+    return _pulled(rule.operations, shapes, len(rule.sources))
+
+
+@lru_cache(maxsize=256)
+def _pulled(operations: tuple[Operation, ...], shapes: Shapes, outputs: int) -> list[list[Layout]]:
+    """As `_pull`; the targets are called 0, 1, ..., so that the many layers of a model share their boxes."""
+    numbers = map(str, count())
+    layouts = [[Layout.whole(next(numbers), shape) for shape in group] for group in shapes]
+    return forward(inverse(operations), layouts, outputs)
 
 
 def _sample(rule: WeightConverter, match: Match, stored: Mapping[str, Sequence[int]]) -> list[list[Layout]] | None:
@@ -92,11 +104,20 @@ def _sample(rule: WeightConverter, match: Match, stored: Mapping[str, Sequence[i
     return [[Layout.whole(key, stored[key])] for key in keys] if all(key in stored for key in keys) else None
 
 
-def _sources(rule: WeightConverter, pattern: int, match: Match, group: Sequence[Layout]) -> tuple[Source, ...]:
+def _sources(
+    rule: WeightConverter, pattern: int, match: Match, group: Sequence[Layout], targets: Sequence[str]
+) -> tuple[Source, ...]:
     fill = rule.sources[pattern].fill
+    named = [_named(layout, targets) for layout in group]
     if rule.merged <= 0:
-        (layout,) = group
+        (layout,) = named
         return (Source(fill(match.prefix, match.indices), None, layout),)
     return tuple(
-        Source(fill(match.prefix, (*match.indices, index)), index, layout) for index, layout in enumerate(group)
+        Source(fill(match.prefix, (*match.indices, index)), index, layout) for index, layout in enumerate(named)
     )
+
+
+def _named(layout: Layout, targets: Sequence[str]) -> Layout:
+    """The layout with its targets' names instead of their numbers."""
+    parts = tuple([Part(targets[int(part.name)], part.shape, part.origin, part.place) for part in layout.parts])
+    return Layout(layout.shape, parts)

@@ -6,7 +6,7 @@ match `shared_experts`.  What a pattern leaves out in front (the layer, say) is 
 """
 
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class Pattern:
     def segments(self) -> tuple[str, ...]:
         return tuple(self.text.split("."))
 
-    @property
+    @cached_property
     def stars(self) -> int:
         return self.segments.count(STAR)
 
@@ -74,21 +74,23 @@ class Pattern:
         parts = key.rsplit(".", length)
         if len(parts) < length:
             return None
-        prefix = f"{parts[0]}." if len(parts) > length else ""
-        tail = parts[-length:]
+        prefix = f"{parts.pop(0)}." if len(parts) > length else ""
         stars, others = self._places
         for at, wanted in others:
-            if tail[at] != wanted:
+            if parts[at] != wanted:
                 return None
         for at in stars:
-            if not is_index(tail[at]):
+            if not is_index(parts[at]):
                 return None
-        return Match(prefix, tuple([int(tail[at]) for at in stars]))
+        return Match(prefix, tuple([int(parts[at]) for at in stars]))
 
     def fill(self, prefix: str, indices: Sequence[int | str]) -> str:
         """The key with `prefix` in front and `indices` in the stars' places."""
-        values = iter(indices)
-        return prefix + ".".join(str(next(values)) if part == STAR else part for part in self.segments)
+        return prefix + self._format.format(*indices)
+
+    @cached_property
+    def _format(self) -> str:
+        return ".".join("{}" if part == STAR else part.replace("{", "{{").replace("}", "}}") for part in self.segments)
 
 
 @dataclass(frozen=True, init=False)
@@ -139,12 +141,12 @@ class WeightConverter:
         if not self.operations and len(self.sources) != len(self.targets):
             raise ArgumentError(f"{self}: several patterns on one side need operations that join or cut")
 
-    @property
+    @cached_property
     def merged(self) -> int:
         """1 if a list of sources is merged, -1 if a list of targets is made, 0 if neither."""
         return self.sources[0].stars - self.targets[0].stars
 
-    @property
+    @cached_property
     def carried(self) -> int:
         """How many leading `*` are carried from source to target."""
         return min(self.sources[0].stars, self.targets[0].stars)
@@ -167,9 +169,11 @@ class WeightConverter:
         return pattern.fill(fit.prefix, (*fit.indices[:-1], STAR))
 
     def _match(self, patterns: Sequence[Pattern], key: str) -> Match | None:
-        fits: Iterator[Match] = (fit for pattern in patterns if (fit := pattern.match(key)))
-        fit = next(fits, None)
-        return fit and Match(fit.prefix, fit.indices[: self.carried])
+        for pattern in patterns:
+            fit = pattern.match(key)
+            if fit is not None:
+                return fit if len(fit.indices) == self.carried else Match(fit.prefix, fit.indices[: self.carried])
+        return None
 
     def __str__(self) -> str:
         names = " -> ".join(",".join(pattern.text for pattern in side) for side in (self.sources, self.targets))

@@ -3,8 +3,9 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
-from moebius.checkpoint.operations import Part
+from moebius.checkpoint.operations import Part, Region
 from moebius.errors import Fault
 
 Span = tuple[int, int, int]  # start, step, count of a box along one axis
@@ -14,28 +15,32 @@ def uncovered(shapes: Mapping[str, Sequence[int]], parts: Iterable[Part]) -> lis
     """A fault for each tensor of `shapes` that the parts' origins do not cover exactly once."""
     boxes: dict[str, list[tuple[Span, ...]]] = defaultdict(list)
     for part in parts:
-        boxes[part.name].append(_spans(part))
-    return [fault for name, shape in shapes.items() if (fault := _check(name, shape, boxes[name]))]
+        boxes[part.name].append(_spans(part.origin, part.shape))
+    wrongs = ((name, _check(tuple(shape), tuple(boxes[name]))) for name, shape in shapes.items())
+    return [Fault(name, "not covered once", wrong) for name, wrong in wrongs if wrong]
 
 
-def _check(name: str, shape: Sequence[int], boxes: list[tuple[Span, ...]]) -> Fault | None:
+@lru_cache(maxsize=1 << 10)
+def _check(shape: tuple[int, ...], boxes: tuple[tuple[Span, ...], ...]) -> str:
+    """What is wrong with the boxes of a tensor; empty if nothing is."""
     volume = sum(math.prod(count for _, _, count in box) for box in boxes)
     if volume != math.prod(shape):
-        return Fault(name, "not covered once", f"{math.prod(shape)} elements, {volume} would be written")
+        return f"{math.prod(shape)} elements, {volume} would be written"
     if any(
         start < 0 or start + step * (count - 1) >= size
         for box in boxes
         for (start, step, count), size in zip(box, shape, strict=True)
     ):
-        return Fault(name, "not covered once", "a part reaches outside the tensor")
-    return Fault(name, "not covered once", "two parts overlap") if _overlap(boxes, 0) else None
+        return "a part reaches outside the tensor"
+    return "two parts overlap" if _overlap(list(boxes), 0) else ""
 
 
-def _spans(part: Part) -> tuple[Span, ...]:
+@lru_cache(maxsize=1 << 15)  # layers are alike
+def _spans(origin: Region, shape: tuple[int, ...]) -> tuple[Span, ...]:
     """The box of a part's origin, axis by axis; an axis that the part does not run along holds one index."""
-    spans = [(index, 1, 1) for index in part.origin.start]
-    for axis, step, count in zip(part.origin.axes, part.origin.steps, part.shape, strict=True):
-        spans[axis] = (part.origin.start[axis], step, count)
+    spans = [(index, 1, 1) for index in origin.start]
+    for axis, step, count in zip(origin.axes, origin.steps, shape, strict=True):
+        spans[axis] = (origin.start[axis], step, count)
     return tuple(spans)
 
 

@@ -7,6 +7,7 @@ from itertools import product
 import torch
 
 from moebius.checkpoint.blocks import whole_block
+from moebius.checkpoint.encodings import Encoded
 from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
 from moebius.checkpoint.operations import Part, narrow_part
 from moebius.checkpoint.planning import STAGING_BYTES, Decode
@@ -22,11 +23,16 @@ def read_decoded(decode: Decode, tensors: Mapping[str, torch.Tensor], read_into:
     *lead, rows, width = weight.shape
     for matrix, index in enumerate(product(*map(range, lead))):
         for first, count in _chunks(weight.values, rows, len(lead), weight.form.quantum_rows):
-            values = _rows(weight.values, len(lead), matrix, first, count, read_into)
-            quantum = weight.form.quantum_rows
-            scales = _rows(weight.scales, len(lead), matrix, first // quantum, math.ceil(count / quantum), read_into)
-            slab = dequantize(weight.form, values, scales, torch.float32)
+            slab = decoded_rows(weight, matrix, first, count, read_into)
             _put(slab.view(*(1 for _ in lead), count, width), (*index, first), decode.parts, tensors)
+
+
+def decoded_rows(weight: Encoded, matrix: int, first: int, count: int, read_into: ReadInto) -> torch.Tensor:
+    """Rows of one matrix [out, in] of a stored weight, in float32: whole quanta, the last of which may be partial."""
+    lead, quantum = len(weight.shape) - 2, weight.form.quantum_rows
+    values = _rows(weight.values, lead, matrix, first, count, read_into)
+    scales = _rows(weight.scales, lead, matrix, first // quantum, math.ceil(count / quantum), read_into)
+    return dequantize(weight.form, values, scales, torch.float32)
 
 
 def _chunks(values: TensorInfo, rows: int, lead: int, quantum: int) -> Iterator[tuple[int, int]]:

@@ -49,10 +49,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "rows": [asdict(row) for row in _rows(plan)],
         "skipped": [{"key": info.name, "bytes": info.nbytes, "reason": reason} for info, reason in plan.skipped],
         "tied": [{"key": info.name, "target": target} for info, target in plan.doubles],
-        "tensors": len(plan.reads) + len(plan.decodes),
+        "tensors": len(plan.reads) + len(plan.decodes) + len(plan.packs),
         "parameters": len(plan.targets),
         "bytes_to_read": plan.bytes_to_read,
         "target_bytes": plan.target_bytes,
+        "quantized_bytes": plan.quantized_bytes,
         "peak_bytes": plan.peak_bytes,
     }
 
@@ -69,7 +70,9 @@ def _rows(plan: Plan) -> list[Row]:
 
 def _way(plan: Plan, conversion: Conversion) -> tuple[str, str, tuple[str, ...], str]:
     """What the conversions of one row have in common: sources, targets, operations, casts."""
-    found, wanted = plan.stored[conversion.keys[0]].dtype, plan.targets[conversion.targets[0]].dtype
+    found, target = plan.stored[conversion.keys[0]].dtype, conversion.targets[0]
+    form = plan.quantized.get(target)
+    wanted = form.name if form else plan.targets[target].dtype
     casts = found if found == wanted else f"{found} -> {wanted}"
     if conversion.rule is None:
         return *_copy(conversion.keys, conversion.targets), (), casts
@@ -92,9 +95,19 @@ def _row_line(row: Row) -> str:
 
 def _totals(plan: Plan) -> str:
     shards = "1 file" if len(plan.files.shards) == 1 else f"{len(plan.files.shards)} files"
-    counts = f"{len(plan.reads) + len(plan.decodes):,} tensors in {shards} -> {len(plan.targets):,} parameters"
+    tensors = len(plan.reads) + len(plan.decodes) + len(plan.packs)
+    counts = f"{tensors:,} tensors in {shards} -> {len(plan.targets):,} parameters"
     rest = f"skipped {len(plan.skipped)}, missing 0, unexpected 0"
-    return f"{counts}; {rest}\nreads {size(plan.bytes_to_read)}; peak memory {size(plan.peak_bytes)}"
+    reads = f"reads {size(plan.bytes_to_read)}{_quantized(plan)}"
+    return f"{counts}; {rest}\n{reads}; peak memory {size(plan.peak_bytes)}"
+
+
+def _quantized(plan: Plan) -> str:
+    """Of what is read, the bytes that are quantized, and to how many."""
+    if not plan.packs:
+        return ""
+    read, packed = sum(pack.nbytes for pack in plan.packs), plan.quantized_bytes
+    return f", of which {size(read)} are quantized to {size(packed)}"
 
 
 def braced(names: Iterable[str]) -> str:

@@ -1,44 +1,56 @@
 """Filling tensors on a GPU: readers fill pinned slots from the files, and copies go on while they read the next ones.
 
-Each reader has a lane of its own: two slots of pinned memory, a stream, and a bounce buffer on the device for what has
-to be cast or rearranged there.  A slot is filled again once the copies from it are done.
+Each reader has a lane of its own: slots of pinned memory, a stream, and a bounce buffer on the device for what has to
+be cast or rearranged there.  A slot is filled again once the copies from it are done.
+
+What readers do between two reads is kept short, because Python's lock lets one of them at a time do it: a copy is one
+call of the driver, which keeps the lock; torch's own `copy_` gives it up, and a dozen readers then wait for each other.
 """
 
+import ctypes
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from queue import SimpleQueue
-from typing import Protocol
+from threading import Thread
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moebius.checkpoint.extents import Extent, offset_of
-from moebius.checkpoint.files import ITEM_BYTES
 from moebius.checkpoint.jobs import Run, Staged
 from moebius.checkpoint.reading import Shards, raw_bytes, read_into, torch_dtype
+from moebius.errors import CapacityError
 
-SLOT_BYTES = 8 << 20
-READERS = 12  # measured on one H200 host with 16 cores; more slots than fit the processors' cache are slower
+DRIVER = "libcuda.so.1"
+SLOT_BYTES = 12 << 20
+READERS = 16
+SLOTS_A_READER = 1  # a reader that waits for its copies costs less than slots that no longer fit the processors' cache
 STREAMS = 2
+
+
+class Slot(NamedTuple):
+    """SLOT_BYTES of host memory (uint8), and the same as Python's buffers see it."""
+
+    tensor: Tensor
+    memory: memoryview
 
 
 class Lane(Protocol):
     """One reader's way to the device; what it does happens in order, perhaps later."""
 
-    def slot(self) -> Tensor:
-        """SLOT_BYTES of host memory (uint8) from which every earlier copy is done."""
+    def slot(self) -> Slot:
+        """A slot from which every earlier copy is done."""
         ...
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """target (on the device) becomes source (a part of the slot), both flat bytes."""
+    def copy(self, target: Tensor, start: int, begin: int, nbytes: int) -> None:
+        """The bytes of `target`, on the device, from `start` on become those of the slot from `begin` on."""
         ...
 
-    def bounce(self, source: Tensor) -> Tensor:
-        """The bytes of `source` on the device, until the next call."""
-        ...
-
-    def place(self, target: Tensor, found: Tensor) -> None:
-        """target becomes `found`, a view of the bounce buffer; a cast and other strides are allowed."""
+    def place(self, target: Tensor, source: Tensor, strides: tuple[int, ...]) -> None:
+        """target, a view on the device, becomes `source`, flat elements of the slot at these strides, cast."""
         ...
 
     def sent(self) -> None:
@@ -46,78 +58,112 @@ class Lane(Protocol):
         ...
 
 
-class CudaLane:
-    """A Lane on a CUDA device; see Lane."""
-
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream):
-        self._device, self._stream = device, stream
-        self._slots: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._turn = 0
-        self._bounce: Tensor | None = None
-
-    def slot(self) -> Tensor:
-        self._turn += 1
-        if len(self._slots) < 2:  # pinned one by one, so that readers begin while others still pin
-            pinned = torch.empty(SLOT_BYTES, dtype=torch.uint8, pin_memory=True)
-            self._slots.append((pinned, torch.cuda.Event()))
-            return pinned
-        held, event = self._slots[(self._turn - 1) % 2]
-        event.synchronize()
-        return held
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-
-    def bounce(self, source: Tensor) -> Tensor:
-        with torch.cuda.stream(self._stream):
-            if self._bounce is None:
-                self._bounce = torch.empty(SLOT_BYTES, dtype=torch.uint8, device=self._device)
-            self._bounce[: source.numel()].copy_(source, non_blocking=True)
-            return self._bounce[: source.numel()]
-
-    def place(self, target: Tensor, found: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            target.copy_(found)
-
-    def sent(self) -> None:
-        self._slots[(self._turn - 1) % 2][1].record(self._stream)
-
-
 def send(extent: Extent, lane: Lane, tensors: Mapping[str, Tensor], shards: Shards) -> None:
     """Reads an extent into the lane's slot and sets off the copies to all its places."""
     slot = lane.slot()
-    read_into(shards.descriptor(extent.file), raw_bytes(slot)[: extent.nbytes], extent.offset, extent.file)
+    read_into(shards.descriptor(extent.file), slot.memory[: extent.nbytes], extent.offset, extent.file)
     for job in extent.jobs:
         begin = offset_of(job) - extent.offset
-        source, target = slot[begin : begin + job.nbytes], tensors[job.target]
         match job:
             case Run():
-                lane.copy(target.view(-1).view(torch.uint8)[job.start : job.start + job.nbytes], source)
+                lane.copy(tensors[job.target], job.start, begin, job.nbytes)
             case Staged():
-                _place(job, lane, target, source)
+                _place(job, lane, tensors[job.target], slot.tensor[begin : begin + job.nbytes])
     lane.sent()
-
-
-@contextmanager
-def cuda_lanes(device: torch.device) -> Iterator[SimpleQueue[Lane]]:
-    """READERS lanes to a CUDA device; at the end all that they sent has arrived."""
-    current = torch.cuda.current_stream(device)
-    streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
-    lanes: SimpleQueue[Lane] = SimpleQueue()
-    for stream in streams:
-        stream.wait_stream(current)  # the targets' memory may still be in use there
-    for number in range(READERS):
-        lanes.put(CudaLane(device, streams[number % STREAMS]))
-    try:
-        yield lanes
-    finally:
-        for stream in streams:
-            stream.synchronize()
 
 
 def _place(job: Staged, lane: Lane, target: Tensor, source: Tensor) -> None:
     block, dtype = job.block, torch_dtype(job.info.dtype)
-    whole = job.nbytes // ITEM_BYTES[job.info.dtype]
-    found = lane.bounce(source).view(dtype)[:whole].as_strided(block.shape, block.stored_strides)
-    lane.place(target.as_strided(block.shape, block.strides, block.offset), found)
+    if source.storage_offset() % dtype.itemsize:
+        source = source.clone()  # a file may begin its tensors anywhere
+    lane.place(target.as_strided(block.shape, block.strides, block.offset), source.view(dtype), block.stored_strides)
+
+
+class PinnedSlots:
+    """Slots that a thread of their own pins one by one: it goes on while the files are planned."""
+
+    def __init__(self) -> None:
+        self._ready: SimpleQueue[Slot | BaseException] = SimpleQueue()
+        Thread(target=self._pin, name="moebius-pinning", daemon=True).start()
+
+    def take(self) -> Slot:
+        """The next slot; waits for it."""
+        found = self._ready.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _pin(self) -> None:
+        for _ in range(READERS * SLOTS_A_READER):
+            try:
+                tensor = _pinned(SLOT_BYTES)
+                self._ready.put(Slot(tensor, raw_bytes(tensor)))
+            except BaseException as error:  # noqa: BLE001  # raised in each thread that waits for a slot
+                self._ready.put(error)
+
+
+def _pinned(nbytes: int) -> Tensor:
+    """Pinned memory, given back with the tensor.  By the driver, because torch keeps Python's lock while it pins."""
+    torch.cuda.current_stream().synchronize()  # gives this thread the device's context
+    driver, pointer = ctypes.CDLL(DRIVER), ctypes.c_void_p()
+    error = driver.cuMemHostAlloc(ctypes.byref(pointer), ctypes.c_size_t(nbytes), 0)
+    if error or not pointer.value:
+        raise CapacityError(f"no {nbytes:,} bytes of pinned memory: the CUDA driver says error {error}")
+    memory = (ctypes.c_uint8 * nbytes).from_address(pointer.value)
+    weakref.finalize(memory, driver.cuMemFreeHost, pointer)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class CudaLane:
+    """A Lane on a CUDA device, for the thread that makes it."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream, slots: PinnedSlots):
+        torch.cuda.set_device(device)  # of this thread
+        self._stream, self._unused = stream, slots
+        self._slots: list[tuple[Slot, torch.cuda.Event]] = []
+        self._turn = -1
+
+    def slot(self) -> Slot:
+        self._turn += 1
+        if self._turn < SLOTS_A_READER:
+            self._slots.append((self._unused.take(), torch.cuda.Event()))
+        held, event = self._slots[self._turn % SLOTS_A_READER]
+        if not event.query():
+            event.synchronize()
+        return held
+
+    def copy(self, target: Tensor, start: int, begin: int, nbytes: int) -> None:
+        source = self._slots[self._turn % SLOTS_A_READER][0].tensor.data_ptr() + begin
+        error = _copy_to_device()(target.data_ptr() + start, source, nbytes, self._stream.cuda_stream)
+        if error:
+            raise RuntimeError(f"the CUDA driver refused to copy {nbytes} bytes to {target.device}: error {error}")
+
+    def place(self, target: Tensor, source: Tensor, strides: tuple[int, ...]) -> None:
+        with torch.cuda.stream(self._stream):
+            bounce = source.to(target.device, non_blocking=True)
+            target.copy_(bounce.as_strided(target.shape, strides))
+
+    def sent(self) -> None:
+        self._slots[self._turn % SLOTS_A_READER][1].record(self._stream)
+
+
+@cache
+def _copy_to_device():  # a foreign function
+    """cuMemcpyHtoDAsync(device address, host address, bytes, stream), called without giving up Python's lock."""
+    function = ctypes.PyDLL(DRIVER).cuMemcpyHtoDAsync_v2
+    function.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    return function
+
+
+@contextmanager
+def cuda_streams(device: torch.device) -> Iterator[list[torch.cuda.Stream]]:
+    """Streams for lanes to a device; at the end all that was sent on them has arrived."""
+    current = torch.cuda.current_stream(device)
+    streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
+    for stream in streams:
+        stream.wait_stream(current)  # the targets' memory may still be in use there
+    try:
+        yield streams
+    finally:
+        for stream in streams:
+            stream.synchronize()

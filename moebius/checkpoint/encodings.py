@@ -6,14 +6,22 @@ by the files alone: by their dtype and the key beside them.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from moebius.checkpoint.converter import PrefixRenaming, renamed_key
 from moebius.checkpoint.files import CheckpointFiles, TensorInfo
 from moebius.errors import Fault
-from moebius.quantization.forms import BlockFp8, Form, Mxfp4, PackedInt4, Spec
+from moebius.quantization.forms import BlockFp8, Form, Int8, Mxfp4, PackedInt4, Spec
 
-FORM_NAMES = (Mxfp4.name, BlockFp8.name, PackedInt4.name)
-SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
+FORM_NAMES = (Mxfp4.name, BlockFp8.name, PackedInt4.name, Int8.name)
+WEIGHT = ".weight"
+FLOAT_SCALES = ("float32", "bfloat16", "float16")
+SCALE_DTYPES: Mapping[str, tuple[str, ...]] = {
+    Mxfp4.name: ("uint8",),
+    BlockFp8.name: (*FLOAT_SCALES, "float8_e8m0fnu"),
+    PackedInt4.name: FLOAT_SCALES,
+    Int8.name: FLOAT_SCALES,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,18 @@ class View:
     faults: tuple[Fault, ...]
 
 
+class Ends(NamedTuple):
+    """What the keys of a quantized weight have beyond those of a plain one; shape: empty where there is none.
+
+    stem: how the plain one's key ends.
+    """
+
+    values: str
+    scales: str
+    shape: str
+    stem: str
+
+
 @dataclass(frozen=True)
 class _Names:
     """How the keys of one form end: after `stem`, which the values' key has as well, and what rules see instead."""
@@ -86,7 +106,16 @@ _NAMES: Mapping[str, _Names] = {
     Mxfp4.name: _Names("_blocks", "_scales", None, "_blocks", "_scales"),
     BlockFp8.name: _Names(".weight", ".weight_scale_inv", None, ".weight", ".weight_scale"),
     PackedInt4.name: _Names(".weight_packed", ".weight_scale", ".weight_shape", ".weight", ".weight_scale"),
+    Int8.name: _Names(".weight", ".weight_scale", None, ".weight", ".weight_scale"),
 }
+
+
+def ends_of(form: Form) -> Ends:
+    """The ends of a weight's keys in this form: what it is saved under."""
+    names = _NAMES[form.name]
+    stem = names.seen_values if names.seen_values == WEIGHT else ""
+    values, scales, shape = (end.removeprefix(stem) for end in (names.values, names.scales, names.shape or ""))
+    return Ends(values, scales, shape, stem)
 
 
 def view(files: CheckpointFiles, renamings: Sequence[PrefixRenaming], form: Form | None, keep: bool) -> View:
@@ -107,6 +136,17 @@ def view(files: CheckpointFiles, renamings: Sequence[PrefixRenaming], form: Form
     return View({**plain, **seen}, tuple(constants), tuple(faults))
 
 
+def unnamed_form(files: CheckpointFiles) -> str:
+    """The key of a weight that is quantized by its looks; empty if none is."""
+    signs = ((".weight_packed", "int32"), (".weight", "float8_e4m3fn"), ("_blocks", "uint8"))
+    looks = (info.name for info in files.tensors.values() for end, dtype in signs if _looks(info, end, dtype))
+    return next(looks, "")
+
+
+def _looks(info: TensorInfo, end: str, dtype: str) -> bool:
+    return info.dtype == dtype and info.name.endswith(end)
+
+
 def _renamed(files: CheckpointFiles, renamings: Sequence[PrefixRenaming], faults: list[Fault]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for key, info in files.tensors.items():
@@ -123,17 +163,29 @@ def _weight(stem: str, names: _Names, form: Form, plain: dict[str, TensorInfo], 
     if values is None:
         faults.append(Fault(scales.name, "scales without values", f"{stem + names.values} is not in the files"))
         return None
+    if scales.dtype not in SCALE_DTYPES[form.name]:
+        expected = " or ".join(SCALE_DTYPES[form.name])
+        faults.append(Fault(scales.name, "dtype", f"found {scales.dtype} in {scales.file}, expected {expected}"))
+        return None
     held = _with_scale_dtype(form, scales.dtype)
     try:
         shape = held.weight_shape(values.shape)
-        faults += [*_differences(values, held.values(shape)), *_differences(scales, held.scales(shape))]
+        faults += [*_differences(values, held.values(shape)), *_differences(scales, held.scales(shape), _said(form))]
     except ValueError as error:
         faults.append(Fault(values.name, "shape", f"{list(values.shape)} in {values.file}: {error}"))
         return None
-    if scales.dtype not in SCALE_DTYPES:
-        expected = ", ".join(SCALE_DTYPES)
-        faults.append(Fault(scales.name, "dtype", f"found {scales.dtype} in {scales.file}, expected {expected}"))
     return Encoded(stem + names.seen_values, held, shape, values, scales)
+
+
+def _said(form: Form) -> str:
+    """What of config.json the shape of scales follows from."""
+    match form:
+        case BlockFp8(block=block):
+            return f", for the blocks of {list(block)} of config.json"
+        case PackedInt4(group_size=size):
+            return f", for the groups of {size} of config.json"
+        case Mxfp4() | Int8():
+            return ""
 
 
 def _with_scale_dtype(form: Form, dtype: str) -> Form:
@@ -141,15 +193,17 @@ def _with_scale_dtype(form: Form, dtype: str) -> Form:
     match form:
         case Mxfp4():
             return form
-        case BlockFp8() | PackedInt4():
+        case BlockFp8() | PackedInt4() | Int8():
             return replace(form, scale_dtype=dtype)
 
 
-def _differences(info: TensorInfo, expected: Spec) -> Iterator[Fault]:
+def _differences(info: TensorInfo, expected: Spec, said: str = "") -> Iterator[Fault]:
     if info.dtype != expected.dtype:
         yield Fault(info.name, "dtype", f"found {info.dtype} in {info.file}, expected {expected.dtype}")
     if info.shape != expected.shape:
-        yield Fault(info.name, "shape", f"found {list(info.shape)} in {info.file}, expected {list(expected.shape)}")
+        yield Fault(
+            info.name, "shape", f"found {list(info.shape)} in {info.file}, expected {list(expected.shape)}{said}"
+        )
 
 
 def _shape_constant(

@@ -7,6 +7,7 @@ Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 from moebius.errors import CheckpointError, Fault
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_NAME = 500  # characters of a tensor's name: more would fill a screen with each message
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -40,6 +42,8 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }
 CODES: Mapping[str, str] = {name: code for code, (name, _) in DTYPES.items()}
 ITEM_BYTES: Mapping[str, int] = dict(DTYPES.values())
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON spells one half of a character
 
 # What people put in a shard's place, by its first bytes.
 _IMPOSTORS = (
@@ -167,7 +171,7 @@ def _no_weights(root: Path) -> Fault:
 
 def _read_index(root: Path, faults: list[Fault]) -> tuple[Mapping[str, str], bytes]:
     try:
-        raw = _checked_path(root, INDEX_FILE).read_bytes()
+        raw = read_regular(_checked_path(root, INDEX_FILE))
         index = parse_json(raw)
     except (OSError, ValueError) as error:
         faults.append(Fault(INDEX_FILE, "unreadable", f"{reason(error)}; fetch it again"))
@@ -178,16 +182,20 @@ def _read_index(root: Path, faults: list[Fault]) -> tuple[Mapping[str, str], byt
         return {}, raw
     wrong = [key for key, name in weight_map.items() if not isinstance(name, str)]
     if wrong:
-        detail = f"expected text for {wrong[0]!r}, found {type(weight_map[wrong[0]]).__name__}; {len(wrong)} such keys"
+        found = type(weight_map[wrong[0]]).__name__
+        detail = f"expected text for {shown(wrong[0])}, found {found}; {len(wrong)} such keys"
         faults.append(Fault(INDEX_FILE, "not a file name", detail))
-    return ({} if wrong else weight_map), raw
+    unfit = [key for key in weight_map if _unfit_name(key)]
+    faults.extend(Fault(INDEX_FILE, "not a tensor's name", f"{shown(key)}: {_unfit_name(key)}") for key in unfit)
+    return ({} if wrong or unfit else weight_map), raw
 
 
 def _plain_name(name: str, faults: list[Fault]) -> bool:
     plain = name.endswith(".safetensors") and not any(char in "/\\" or not char.isprintable() for char in name)
     if not plain:
-        shown = name if name.isprintable() else repr(name)
-        faults.append(Fault(INDEX_FILE, "not a shard's name", f"{shown}; expected *.safetensors inside the folder"))
+        faults.append(
+            Fault(INDEX_FILE, "not a shard's name", f"{shown_name(name)}; expected *.safetensors inside the folder")
+        )
     return plain
 
 
@@ -266,6 +274,8 @@ def _parse_header(file: str, header: bytes, size: int, faults: list[Fault]) -> t
         entries = parse_json(header[8:])
     except ValueError as error:
         raise ValueError(f"damaged header: {error}; fetch it again") from error
+    if not entries.keys() - {"__metadata__"}:
+        raise ValueError("its header names no tensor; fetch it again")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         faults.append(Fault(file, "header", "__metadata__ is not a map from strings to strings"))
@@ -278,7 +288,7 @@ def _parse_header(file: str, header: bytes, size: int, faults: list[Fault]) -> t
 def _parse_entry(file: str, name: str, entry: Any, data_start: int, faults: list[Fault]) -> TensorInfo | None:
     wrong = _entry_fault(name, entry)
     if wrong:
-        faults.append(Fault(repr(name) if not name.isprintable() else name, "header", f"{file}: {wrong}"))
+        faults.append(Fault(shown_name(name), "header", f"{file}: {wrong}"))
         return None
     begin, end = entry["data_offsets"]
     return TensorInfo(name, DTYPES[entry["dtype"]][0], tuple(entry["shape"]), end - begin, file, data_start + begin)
@@ -286,22 +296,29 @@ def _parse_entry(file: str, name: str, entry: Any, data_start: int, faults: list
 
 def _entry_fault(name: str, entry: Any) -> str:
     """What is wrong with one entry of a header, or nothing."""
-    if not name or not name.isprintable():
-        return "the name is empty or holds control characters"
+    if unfit := _unfit_name(name):
+        return unfit
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "expected exactly dtype, shape, data_offsets"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        return f"unknown dtype {entry['dtype']!r}; known: {', '.join(DTYPES)}"
+        return f"unknown dtype {shown(entry['dtype'])}; known: {', '.join(DTYPES)}"
     offsets = entry["data_offsets"]
     if not _counts(entry["shape"]) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"shape {entry['shape']!r} or data_offsets {offsets!r} are not counts"
+        return f"shape {shown(entry['shape'])} or data_offsets {shown(offsets)} are not counts"
     expected = math.prod(entry["shape"]) * DTYPES[entry["dtype"]][1]
     found = offsets[1] - offsets[0]
     return (
         ""
         if found == expected
-        else f"shape {entry['shape']} {entry['dtype']} needs {expected} bytes, offsets give {found}"
+        else f"shape {shown(entry['shape'])} {entry['dtype']} needs {expected} bytes, offsets give {found}"
     )
+
+
+def _unfit_name(name: str) -> str:
+    """Why a tensor cannot have this name, or nothing."""
+    if not name or not name.isprintable():
+        return "the name is empty or holds control characters"
+    return f"the name has {len(name):,} characters; the limit is {MAX_NAME}" if len(name) > MAX_NAME else ""
 
 
 def _counts(values: Any) -> bool:
@@ -325,10 +342,31 @@ def _check_extents(file: str, infos: list[TensorInfo], data_start: int, size: in
 # --- shared with whoever reads a model folder ----------------------------------------------------------------------
 
 
+def read_regular(path: Path) -> bytes:
+    """A JSON file, whole.  Raises ValueError for a pipe, a device, or more bytes than even a header may have."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > MAX_HEADER_BYTES:
+            raise ValueError(f"{status.st_size:,} bytes; the limit is {MAX_HEADER_BYTES:,}")
+        return file.read()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe too, to whose other end nobody may ever come."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 def parse_json(raw: bytes) -> Any:
     """JSON as strict as a header must be: UTF-8, no key twice, no NaN.  Raises ValueError with one clear line."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # a half alone cannot be: nor printed, nor saved
+        return value
+    except UnicodeEncodeError as error:
+        raise ValueError("broken JSON: half a surrogate pair") from error
     except RecursionError as error:
         raise ValueError("broken JSON: nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -343,12 +381,23 @@ def reason(error: OSError | ValueError) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """As JSON writes it, roughly, and never longer than a line."""
+    text = {"True": "true", "False": "false", "None": "null"}.get(repr(value), repr(value))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown_name(name: str) -> str:
+    """A name out of a file, as a message can hold it."""
+    return name if name.isprintable() and len(name) <= MAX_NAME else shown(name)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {shown(twice)} stands twice in one object")
     return entries
 
 

@@ -5,11 +5,15 @@ A run is bytes that lie in the file as they will lie in the target; what is not,
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 from moebius.checkpoint.blocks import Block, is_run, whole_block
 from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
+from moebius.checkpoint.operations import Part, Region
 from moebius.checkpoint.planning import Plan
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +60,16 @@ def jobs(plan: Plan) -> list[Job]:
 
 def pieces(run: Run, nbytes: int) -> Iterator[Run]:
     """The run in pieces of at most so many bytes."""
+    if run.nbytes <= nbytes:
+        yield run
+        return
     for done in range(0, run.nbytes, nbytes):
         yield part_of(run, done, min(nbytes, run.nbytes - done))
 
 
 def part_of(run: Run, start: int, nbytes: int) -> Run:
     """`nbytes` of a run, from its byte `start` on."""
-    return replace(run, offset=run.offset + start, nbytes=nbytes, start=run.start + start)
+    return Run(run.file, run.offset + start, nbytes, run.target, run.start + start)
 
 
 def _jobs(plan: Plan) -> Iterator[Job]:
@@ -70,19 +77,26 @@ def _jobs(plan: Plan) -> Iterator[Job]:
         info, size = read.info, ITEM_BYTES[read.info.dtype]
         for part in read.parts:
             target = plan.targets[part.name]
-            block = whole_block(part, info.shape, target.shape)
-            if target.dtype == info.dtype and is_run(block):
+            block, run = _block(part.shape, part.origin, part.place, info.shape, target.shape)
+            if run and target.dtype == info.dtype:
                 offset = info.offset + block.start * size
                 yield Run(info.file, offset, block.length * size, part.name, block.offset * size)
             else:
                 yield Staged(info, block, part.name)
 
 
+@lru_cache(maxsize=1 << 14)  # layers are alike
+def _block(shape: Shape, origin: Region, place: Region, stored: Shape, target: Shape) -> tuple[Block, bool]:
+    """A part as one block, and whether its bytes lie alike on both sides."""
+    block = whole_block(Part("", shape, origin, place), stored, target)
+    return block, is_run(block)
+
+
 def _joined(found: Iterable[Job]) -> Iterator[Job]:
     last: Run | None = None
     for job in found:
         if isinstance(job, Run) and last is not None and _follows(last, job):
-            last = replace(last, nbytes=last.nbytes + job.nbytes)
+            last = Run(last.file, last.offset, last.nbytes + job.nbytes, last.target, last.start)
             continue
         if last is not None:
             yield last

@@ -5,7 +5,8 @@ permutation, another device) goes through one small staging buffer a thread, blo
 tensor twice.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -13,20 +14,26 @@ from typing import Literal, Protocol
 
 import torch
 
-from moebius.checkpoint.blocks import cut, whole_block
+from moebius.checkpoint.blocks import whole_block
 from moebius.checkpoint.decoding import read_decoded
-from moebius.checkpoint.device import READERS, SLOT_BYTES, cuda_lanes, send
+from moebius.checkpoint.device import READERS, SLOT_BYTES, CudaLane, PinnedSlots, cuda_streams, send
 from moebius.checkpoint.extents import Extent, extents
 from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
 from moebius.checkpoint.jobs import Job, Run, Staged, jobs, pieces
 from moebius.checkpoint.mapping import Mapper, by_target, mappable
+from moebius.checkpoint.packing import read_packed
 from moebius.checkpoint.planning import STAGING_BYTES, Decode, Plan, Read
-from moebius.checkpoint.pool import default_readers, run_all
+from moebius.checkpoint.pool import default_readers, run_all, run_each
 from moebius.checkpoint.reading import Shards, raw_bytes, read_into, torch_dtype
+from moebius.checkpoint.staging import stage
 from moebius.errors import CapacityError, CheckpointError, Fault
 
+CPU = torch.device("cpu")
 READ_BYTES = 16 << 20  # of a job: enough that starting it costs nothing, little enough to share the work
-CAST_ELEMENTS = 1 << 15  # torch copies so many on one thread; more would start a team of threads in every reader
+
+
+Devices = str | torch.device | Mapping[str, str | torch.device]
+"""One for all targets, or one for each, by its name."""
 
 
 class Progress(Protocol):
@@ -67,14 +74,44 @@ class LoadOptions:
         return 0 if self.loading == "sync" else self.readers or default_readers()
 
 
-def check_room(plan: Plan, device: torch.device) -> None:
-    """Raises CapacityError if the plan's peak is more than the device has free now."""
-    free = _free_bytes(device)
-    if free is not None and plan.peak_bytes > free:
+def check_room(plan: Plan, device: Devices) -> None:
+    """Raises CapacityError if the plan's peak is more than a device has free now."""
+    short = [
+        f"{needed:,} bytes on {name}, {free:,} are free"
+        for name, needed in needed_bytes(plan, device).items()
+        if (free := free_bytes(name)) is not None and needed > free
+    ]
+    if short:
         raise CapacityError(
-            f"{plan.files.folder} needs {plan.peak_bytes:,} bytes on {device}, {free:,} are free; no weight was read",
+            f"{plan.files.folder} needs {'; '.join(short)}; no weight was read",
             advice="take a smaller dtype, or a larger device",
         )
+
+
+def needed_bytes(plan: Plan, device: Devices) -> dict[str, int]:
+    """Of each device, at the peak of loading."""
+    staging = plan.peak_bytes - plan.target_bytes
+    nbytes = Counter[str]()
+    for name, place in _places(plan, device).items():
+        nbytes[str(place)] += plan.targets[name].nbytes
+    return {name: held + staging for name, held in nbytes.items()}
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that a device has free now; None where nothing is known of it."""
+    return _free_bytes(torch.device(device))
+
+
+def _places(plan: Plan, device: Devices) -> dict[str, torch.device]:
+    """The device of each target."""
+    if isinstance(device, Mapping):
+        return {name: _place(device[name]) for name in plan.targets}
+    return dict.fromkeys(plan.targets, _place(device))
+
+
+def _place(device: str | torch.device) -> torch.device:
+    found = torch.device(device)
+    return CPU if found.type == "cpu" else found
 
 
 def _free_bytes(device: torch.device) -> int | None:
@@ -90,14 +127,15 @@ def _free_bytes(device: torch.device) -> int | None:
 def load(
     plan: Plan,
     *,
-    device: str | torch.device = "cpu",
+    device: Devices = "cpu",
     progress: Progress | None = None,
     check_tensors: bool = False,
     options: LoadOptions = LoadOptions(),  # frozen
+    pinned: PinnedSlots | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads the plan's tensors: {target name: tensor of the planned shape and dtype, on `device`}.
+    """Reads the plan's tensors: {target name: tensor of the planned shape and dtype, on its device}.
 
-    check_tensors: also look for NaN in what was read.
+    check_tensors: also look for NaN in what was read.  pinned: for a GPU, slots that are being pinned already.
     Raises CheckpointError if a file changed since it was planned, ends early, holds NaN (if looked for), or holds a
     tied weight twice with different bytes.  Nothing half-filled is returned.
     """
@@ -105,86 +143,114 @@ def load(
     shown.start(plan.bytes_to_read, f"loading {plan.files.folder.name}")
     try:
         with Shards(plan.files.shards) as shards:
-            return _Loader(plan, torch.device(device), shards, shown, options).run(check_tensors)
+            return _Loader(plan, _places(plan, device), shards, shown, options, pinned).run(check_tensors)
     finally:
         shown.finish()
 
 
 class _Loader:
-    def __init__(self, plan: Plan, device: torch.device, shards: Shards, shown: Progress, options: LoadOptions):
-        self._plan, self._device, self._shards, self._options = plan, device, shards, options
+    def __init__(
+        self,
+        plan: Plan,
+        devices: Mapping[str, torch.device],
+        shards: Shards,
+        shown: Progress,
+        options: LoadOptions,
+        pinned: PinnedSlots | None,
+    ):
+        self._plan, self._devices, self._shards, self._options = plan, devices, shards, options
+        self._pinned = pinned
         self._shown, self._lock = shown, Lock()
         self._tensors: dict[str, torch.Tensor] = {}
 
     def run(self, check: bool) -> dict[str, torch.Tensor]:
-        todo = jobs(self._plan)
-        rest = self._allocate([job for job in todo if isinstance(job, Run)])
-        if self._device.type == "cuda":
-            self._send(todo)
-        else:
-            staged = [job for job in todo if isinstance(job, Staged)]
-            run_all(_small([*rest, *staged]), self._do, self._options.threads)
+        todo = self._by_device(jobs(self._plan))
+        mapped = CPU in todo and self._options.mapping == "auto" and mappable(self._plan.files.folder)
+        self._allocate({CPU} if mapped else set())
+        for device, mine in todo.items():
+            if device == CPU:
+                self._read_all(mine, mapped)
+            else:
+                self._send(mine, device)
         for decode in self._plan.decodes:  # on this thread: its arithmetic spreads over the processors itself
             read_decoded(decode, self._tensors, self._shards.read_into)
             self._advance(decode.info.nbytes)
-        faults = [*(self._nan() if check else ()), *self._doubles(), *self._constants()]
+        faults = [*self._pack(check), *(self._nan() if check else ()), *self._doubles(), *self._constants()]
         if faults:
             raise CheckpointError(f"bad weights in {self._plan.files.folder}; no model was made", faults=faults)
         return self._tensors
 
     # --- memory --------------------------------------------------------------------------------------------------
 
-    def _allocate(self, runs: Sequence[Run]) -> list[Run]:
-        """Makes all tensors; what is not mapped is still to be read."""
-        if self._device.type != "cpu" or self._options.mapping == "never" or not mappable(self._plan.files.folder):
-            for name, target in self._plan.targets.items():
-                self._tensors[name] = torch.empty(target.shape, dtype=torch_dtype(target.dtype), device=self._device)
-            return list(runs)
+    def _by_device(self, todo: list[Job]) -> dict[torch.device, list[Job]]:
+        grouped: dict[torch.device, list[Job]] = {device: [] for device in self._devices.values()}
+        if len(grouped) == 1:
+            return dict.fromkeys(grouped, todo)
+        for job in todo:
+            grouped[self._devices[job.target]].append(job)
+        return grouped
+
+    def _allocate(self, left_out: Container[torch.device]) -> None:
+        """Makes all tensors, but for those of the devices that are left out."""
+        for name, target in self._plan.targets.items():
+            device = self._devices[name]
+            if device not in left_out:
+                self._tensors[name] = torch.empty(target.shape, dtype=torch_dtype(target.dtype), device=device)
+
+    def _map(self, runs: Sequence[Run]) -> list[Run]:
+        """Makes the host's tensors; what could not be mapped is still to be read."""
         mapper, grouped, rest = Mapper(self._shards), by_target(runs), list[Run]()
         for name, target in self._plan.targets.items():
-            mine = grouped.get(name, [])
-            self._tensors[name], left = mapper.tensor(target, mine)
-            self._advance(sum(run.nbytes for run in mine) - sum(run.nbytes for run in left))
-            rest += left
+            if self._devices[name] == CPU:
+                mine = grouped.get(name, [])
+                self._tensors[name], left = mapper.tensor(target, mine)
+                self._advance(sum(run.nbytes for run in mine) - sum(run.nbytes for run in left))
+                rest += left
         return rest
 
     # --- jobs ----------------------------------------------------------------------------------------------------
 
-    def _send(self, todo: Sequence[Job]) -> None:
+    def _read_all(self, todo: Sequence[Job], mapped: bool) -> None:
+        """Fills tensors on the host."""
+        runs, threads = [job for job in todo if isinstance(job, Run)], self._options.threads
+        runs = self._map(runs) if mapped else runs
+        run_all((piece for run in runs for piece in pieces(run, READ_BYTES)), self._read, threads)
+        staged = (job for job in todo if isinstance(job, Staged))
+        stage(staged, self._tensors, self._shards, readers=threads, advance=self._advance)
+
+    def _send(self, todo: Sequence[Job], device: torch.device) -> None:
         """Fills tensors on a GPU."""
-        threads = 0 if self._options.loading == "sync" else self._options.readers or READERS
-        with cuda_lanes(self._device) as lanes:
+        threads = 0 if self._options.loading == "sync" else min(READERS, self._options.readers or READERS)
+        pinned, self._pinned = self._pinned or PinnedSlots(), None  # the next GPU gets its own
+        device = torch.empty(0, device=device).device  # with its index
+        with torch.cuda.device(device), cuda_streams(device) as streams:
+            free = iter(streams * max(1, threads))  # in turns
 
-            def work(extent: Extent) -> None:
-                lane = lanes.get()
-                send(extent, lane, self._tensors, self._shards)
-                lanes.put(lane)
-                self._advance(sum(job.payload for job in extent.jobs))
+            def begin() -> Callable[[Extent], None]:
+                lane = CudaLane(device, next(free), pinned)
+                return lambda extent: self._send_one(extent, lane)
 
-            run_all(extents(todo, SLOT_BYTES), work, min(threads, READERS))
+            run_each(extents(todo, SLOT_BYTES), begin, threads)
 
-    def _do(self, job: Job) -> None:
-        match job:
-            case Run():
-                self._read(job)
-            case Staged():
-                self._read_staged(job)
-        self._advance(job.payload)
+    def _send_one(self, extent: Extent, lane: CudaLane) -> None:
+        send(extent, lane, self._tensors, self._shards)
+        self._advance(sum(job.payload for job in extent.jobs))
 
     def _read(self, run: Run) -> None:
         place = raw_bytes(self._tensors[run.target])[run.start : run.start + run.nbytes]
         read_into(self._shards.descriptor(run.file), place, run.offset, run.file)
+        self._advance(run.nbytes)
 
-    def _read_staged(self, job: Staged) -> None:
-        """Reads as much as stays in the cache, and copies that in pieces that torch does on one thread."""
-        info, size, target = job.info, ITEM_BYTES[job.info.dtype], self._tensors[job.target]
-        staging = torch.empty(min(job.block.length, max(1, STAGING_BYTES // size)), dtype=torch_dtype(info.dtype))
-        buffer = raw_bytes(staging)
-        for piece in cut(job.block, staging.numel()):
-            self._shards.read_into(info, buffer[: piece.length * size], piece.start * size)
-            for part in cut(piece, CAST_ELEMENTS):
-                found = staging.as_strided(part.shape, part.stored_strides, part.start - piece.start)
-                target.as_strided(part.shape, part.strides, part.offset).copy_(found)
+    def _pack(self, check: bool) -> list[Fault]:
+        """Quantizes what the plan says; faults are NaN, if that is looked for."""
+        return read_packed(
+            self._plan.packs,
+            self._tensors,
+            self._shards.read_into,
+            threads=self._options.threads,
+            advance=self._advance,
+            look_for_nan=check,
+        )
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:
@@ -217,11 +283,6 @@ class _Loader:
                 faults.append(Fault(info.name, "wrong shape", detail))
             self._advance(info.nbytes)
         return faults
-
-
-def _small(todo: Iterable[Job]) -> Iterable[Job]:
-    """The jobs, long runs in pieces."""
-    return (piece for job in todo for piece in (pieces(job, READ_BYTES) if isinstance(job, Run) else (job,)))
 
 
 def _has_nan(way: Read | Decode, tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -26,16 +26,17 @@ from moebius.checkpoint.converter import (
     template_of,
 )
 from moebius.checkpoint.coverage import uncovered
-from moebius.checkpoint.encodings import Constant, Encoded, Stored, pieces, view
+from moebius.checkpoint.encodings import Constant, Encoded, Stored, pieces, unnamed_form, view
 from moebius.checkpoint.files import ITEM_BYTES, CheckpointFiles, TensorInfo, fault_error
 from moebius.checkpoint.operations import LayoutError, Part
+from moebius.checkpoint.routing import Place, route
 from moebius.errors import ArgumentError, Fault
 from moebius.quantization.forms import Form
 
-Place = tuple[WeightConverter, Match]  # a rule, and where in the model it is applied
 ADVICE = "fetch the checkpoint again; if config.json was edited, put back what it said"
 STAGING_BYTES = 1 << 20  # for what cannot be read straight into place; small enough to stay in the cache
 DECODING_BYTES = 24 << 20  # for what is decoded: stored bytes, the same in float32, and what the arithmetic needs
+PACKING_BYTES = 96 << 20  # for what is quantized: rows as they are stored, and what the arithmetic needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +69,38 @@ class Decode:
     parts: tuple[Part, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A stored weight, plain or in another form, and where it goes once it is quantized.
+
+    parts: as a Read's, but each `origin` is in the weight `name`, of `shape`, which stacks so many `segments`.  Its
+    values go to the target `name`, its scales to `scale_name`.
+    """
+
+    info: Stored
+    parts: tuple[Part, ...]
+    name: str
+    shape: tuple[int, ...]
+    form: Form
+    segments: int
+
+    @property
+    def scale_name(self) -> str:
+        return f"{self.name}_scale"
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is read."""
+        return _payload(self)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What loading will do.
 
-    stored: the files' tensors by the keys that rules see.  reads, decodes: in the files' order.  skipped: (tensor,
-    reason).  doubles: (second copy of a tied weight, its target), which must equal the first.  constants: compared,
-    too.
+    stored: the files' tensors by the keys that rules see.  reads, decodes, packs: in the files' order.  skipped:
+    (tensor, reason).  doubles: (second copy of a tied weight, its target), which must equal the first.  constants:
+    compared, too.
     """
 
     files: CheckpointFiles
@@ -86,16 +112,28 @@ class Plan:
     skipped: tuple[tuple[TensorInfo, str], ...]
     doubles: tuple[tuple[TensorInfo, str], ...]
     constants: tuple[Constant, ...]
+    packs: tuple[Pack, ...] = ()
 
     @cached_property
     def bytes_to_read(self) -> int:
         others = (*(info for info, _ in self.doubles), *(constant.info for constant in self.constants))
-        return sum(info.nbytes for info in (*(way.info for way in (*self.reads, *self.decodes)), *others))
+        ways = (*self.reads, *self.decodes, *self.packs)
+        return sum(map(_payload, ways)) + sum(info.nbytes for info in others)
 
     @cached_property
     def encoded(self) -> Mapping[str, Form]:
         """The targets whose stored form is quantized and is decoded while it is read."""
         return {part.name: decode.info.form for decode in self.decodes for part in decode.parts}
+
+    @cached_property
+    def quantized(self) -> Mapping[str, Form]:
+        """The targets that are quantized while they are read: the values, whose scales are targets of their own."""
+        return {pack.name: pack.form for pack in self.packs}
+
+    @cached_property
+    def quantized_bytes(self) -> int:
+        """Of their values and scales."""
+        return sum(self.targets[end].nbytes for name in self.quantized for end in (name, f"{name}_scale"))
 
     @cached_property
     def target_bytes(self) -> int:
@@ -104,7 +142,8 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Memory that loading needs at its peak: the model once, and one staging buffer."""
-        return self.target_bytes + (DECODING_BYTES if self.decodes else STAGING_BYTES)
+        staging = PACKING_BYTES if self.packs else DECODING_BYTES if self.decodes else STAGING_BYTES
+        return self.target_bytes + staging
 
     def __str__(self) -> str:
         return describe.table(self)
@@ -112,6 +151,13 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data: rows of the printed table, totals in bytes, what is skipped and why."""
         return describe.as_json(self)
+
+
+def _payload(way: Read | Decode | Pack) -> int:
+    """The stored bytes of its parts: all of the tensor's, unless other ways take the rest."""
+    elements = math.prod(way.info.shape)
+    taken = sum(math.prod(part.shape) for part in way.parts)
+    return way.info.nbytes * taken // elements if elements else 0
 
 
 def plan(
@@ -147,7 +193,7 @@ class _Planner:
         keep: bool,
     ):
         everything = [rule for tier in tiers for rule in tier]
-        self.files, self.targets = files, targets
+        self.files, self.targets, self.form = files, targets, form
         self.renamings = [rule for rule in everything if isinstance(rule, PrefixRenaming)]
         seen = view(files, self.renamings, form, keep)
         self.tensors, self.constants = seen.tensors, seen.constants
@@ -158,7 +204,7 @@ class _Planner:
         self.faults: list[Fault] = list(seen.faults)
         self.claims: dict[str, Conversion] = {}
         self.filled: dict[str, Conversion] = {}
-        self.found = _route(self.tensors, [rule for tier in self.tiers for rule in tier])
+        self.found = route(self.tensors, [rule for tier in self.tiers for rule in tier])
         self.by_template: dict[str, list[list[WeightConverter]]] = {}
 
     def refuse_idle_overrides(self, overrides: Sequence[Rule]) -> None:
@@ -193,9 +239,17 @@ class _Planner:
         )
 
     def _faults(self) -> list[Fault]:
-        """All faults, keys spelled as the files spell them."""
+        """All faults, keys spelled as the files spell them; one, where all follow from it."""
+        if not self.form and (key := unnamed_form(self.files)):
+            detail = f"the files hold quantized weights, such as {key}; nothing says in which form"
+            return [Fault("config.json", "no quantization_config", detail)]
         faults = gathered(self.faults, self.stored, self.claims)
-        return [replace(fault, where=stored_key(fault.where, self.renamings)) for fault in faults]
+        own = {key: pieces(info)[0].name for key, info in self.tensors.items()}
+        names = {stored: stored for info in self.tensors.values() for stored in (piece.name for piece in pieces(info))}
+        return [
+            replace(fault, where=(own | names).get(fault.where) or stored_key(fault.where, self.renamings))
+            for fault in faults
+        ]
 
     # --- from targets to keys ---
 
@@ -336,17 +390,3 @@ class _Planner:
             raise fault_error(self.files.folder, faults)
         reads = tuple(Read(info, parts) for info, parts in found if isinstance(info, TensorInfo))
         return reads, tuple(Decode(info, parts) for info, parts in found if isinstance(info, Encoded))
-
-
-def _route(keys: Iterable[str], rules: Sequence[WeightConverter]) -> dict[Place, list[str]]:
-    """Where the rules' sources lie.  Each template is looked up once, however many keys share it."""
-    by_template: dict[str, list[WeightConverter]] = {}
-    found: dict[Place, list[str]] = defaultdict(list)
-    for key in keys:
-        template = template_of(key)
-        if template not in by_template:
-            by_template[template] = [rule for rule in rules if fits_template(rule.sources, template)]
-        for rule in by_template[template]:
-            if match := rule.match_source(key):
-                found[rule, match].append(key)
-    return dict(found)

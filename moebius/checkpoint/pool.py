@@ -19,22 +19,29 @@ def run_all(jobs: Iterable[T], work: Callable[[T], None], threads: int) -> None:
 
     threads: 0 does it all in this one.
     """
+    run_each(jobs, lambda: work, threads)
+
+
+def run_each(jobs: Iterable[T], begin: Callable[[], Callable[[T], None]], threads: int) -> None:
+    """As `run_all`, where every thread has a function of its own, which it gets from begin()."""
     if threads == 0:
+        work = begin()
         for job in jobs:
             work(job)
         return
     queue, lock, errors = iter(jobs), Lock(), list[BaseException]()
 
     def run() -> None:
-        while not errors:
-            with lock:
-                job = next(queue, None)
-            if job is None:
-                return
-            try:
+        try:
+            work = begin()
+            while not errors:
+                with lock:
+                    job = next(queue, None)
+                if job is None:
+                    return
                 work(job)
-            except BaseException as error:  # noqa: BLE001  # it is raised in the thread that waits
-                errors.append(error)
+        except BaseException as error:  # noqa: BLE001  # it is raised in the thread that waits
+            errors.append(error)
 
     started = [Thread(target=run, name=f"moebius-reader-{number}", daemon=True) for number in range(threads)]
     for thread in started:

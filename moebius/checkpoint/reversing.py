@@ -2,12 +2,16 @@
 
 A loaded model is written the way it was read: the same files, keys and order.  A model made from nothing is written as
 if a source in the family's published layout had been there: its first rule for each parameter, run backwards.
+
+New files are laid out for being mapped: their data begin on a page, tensors that fill whole pages come first and stay
+in the order in which they lie in the model's parameters, the rest follows.  A packed parameter then is one run of
+the file, page for page (see mapping.py); to every other reader it is a safetensors file like any other.
 """
 
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moebius.checkpoint.conversion import Conversion, copied, expand
 from moebius.checkpoint.converter import PrefixRenaming, Rule, WeightConverter, stored_key
@@ -15,6 +19,7 @@ from moebius.checkpoint.files import CODES, ITEM_BYTES, SINGLE_FILE, ShardFile, 
 from moebius.checkpoint.planning import Plan, Read, Target
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's habit
+PAGE_BYTES = 4096  # where pages are larger, mapping.py finds the tensors' place within them
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def as_loaded(plan: Plan, dtypes: Mapping[str, str]) -> SavePlan:
     if all(now[key] == read.info.dtype for key, read in reads.items()):
         return SavePlan(tuple(_same_shard(shard, reads) for shard in plan.files.shards), plan.files.index)
     shards = tuple(_retyped_shard(shard, reads, now) for shard in plan.files.shards)
-    return SavePlan(shards, _index(shards) if plan.files.index else None)
+    return SavePlan(shards, index_of(shards) if plan.files.index else None)
 
 
 def from_nothing(rules: Iterable[Rule], targets: Iterable[Target], max_shard_bytes: int = MAX_SHARD_BYTES) -> SavePlan:
@@ -65,7 +70,13 @@ def from_nothing(rules: Iterable[Rule], targets: Iterable[Target], max_shard_byt
     groups = list(_grouped(reads, max_shard_bytes))
     names = [SINGLE_FILE] if len(groups) == 1 else [_shard_name(at, len(groups)) for at in range(len(groups))]
     shards = tuple(_new_shard(name, group) for name, group in zip(names, groups, strict=True))
-    return SavePlan(shards, _index(shards) if len(shards) > 1 else None)
+    return SavePlan(shards, index_of(shards) if len(shards) > 1 else None)
+
+
+def renamed(plan: SavePlan, names: Mapping[str, str]) -> SavePlan:
+    """The same tensors in files of other names ({old: new}); they get an index."""
+    shards = tuple(replace(shard, name=names[shard.name]) for shard in plan.shards)
+    return SavePlan(shards, index_of(shards))
 
 
 # --- as it was loaded --------------------------------------------------------------------------------------------
@@ -145,17 +156,18 @@ def lay_out(
 ) -> tuple[bytes, dict[str, TensorInfo]]:
     """A safetensors header for (name, dtype, shape) entries, and where each tensor will lie in the file.
 
-    Wide dtypes come first, so that every tensor is aligned to its elements; the header is padded to 8 bytes.
+    The header is padded to whole pages.  What fills whole pages comes first, in the given order; of the rest, wide
+    dtypes come first.  So every tensor is aligned to its elements, and most to pages.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     ends: dict[str, tuple[int, int]] = {}
     end = 0
-    for name, dtype, shape in sorted(entries, key=lambda entry: -ITEM_BYTES[entry[1]]):
+    for name, dtype, shape in sorted(entries, key=_rank):
         begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
         ends[name] = (begin, end)
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)
     raw = len(text).to_bytes(8, "little") + text
     placed = {
         name: TensorInfo(name, dtype, shape, ends[name][1] - ends[name][0], file, len(raw) + ends[name][0])
@@ -164,7 +176,13 @@ def lay_out(
     return raw, placed
 
 
-def _index(shards: Sequence[Shard]) -> bytes:
+def _rank(entry: tuple[str, str, tuple[int, ...]]) -> int:
+    _, dtype, shape = entry
+    fills_pages = math.prod(shape) * ITEM_BYTES[dtype] % PAGE_BYTES == 0
+    return -PAGE_BYTES if fills_pages else -ITEM_BYTES[dtype]
+
+
+def index_of(shards: Sequence[Shard]) -> bytes:
     weight_map = {info.name: shard.name for shard in shards for info in infos(shard)}
     total = sum(info.nbytes for shard in shards for info in infos(shard))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from moebius.errors import ArgumentError, Fault
-from moebius.quantization import fp8, int4, mxfp4
-from moebius.quantization.forms import BlockFp8, Form, Mxfp4, PackedInt4, Spec
+from moebius.quantization import fp8, int4, int8, mxfp4
+from moebius.quantization.forms import BlockFp8, Form, Int8, Mxfp4, PackedInt4, Spec
 
 
 def dequantize(form: Form, values: Tensor, scales: Tensor, dtype: torch.dtype, segments: int = 1) -> Tensor:
@@ -25,6 +25,8 @@ def dequantize(form: Form, values: Tensor, scales: Tensor, dtype: torch.dtype, s
             return fp8.unpack(form, values, scales, dtype, segments)
         case PackedInt4():
             return int4.unpack(form, values, scales, dtype)
+        case Int8():
+            return int8.unpack(form, values, scales, dtype)
 
 
 def quantize(form: Form, weight: Tensor, segments: int = 1) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,8 @@ def quantize(form: Form, weight: Tensor, segments: int = 1) -> tuple[Tensor, Ten
             return fp8.pack(form, weight, segments)
         case PackedInt4():
             return int4.pack(form, weight)
+        case Int8():
+            return int8.pack(form, weight)
 
 
 def layout(form: Form, shape: Sequence[int], segments: int = 1) -> tuple[Spec, Spec]:

@@ -30,6 +30,10 @@ class Mxfp4:
     quantum_rows: ClassVar[int] = 1
     block: ClassVar[int] = 32
 
+    def quantum(self, width: int) -> tuple[int, int]:
+        """(rows, columns) of what can be quantized by itself, in a weight of so many inputs."""
+        return 1, self.block
+
     def values(self, shape: Sequence[int]) -> Spec:
         *lead, width = shape
         return Spec((*lead, _whole(width, self.block, self.name), self.block // 2), "uint8")
@@ -62,6 +66,10 @@ class BlockFp8:
     def quantum_rows(self) -> int:
         return self.block[0]
 
+    def quantum(self, width: int) -> tuple[int, int]:
+        """(rows, columns) of what can be quantized by itself, in a weight of so many inputs."""
+        return self.block
+
     def values(self, shape: Sequence[int]) -> Spec:
         return Spec(tuple(shape), "float8_e4m3fn")
 
@@ -89,6 +97,10 @@ class PackedInt4:
     name: ClassVar[str] = "int4_pack"
     quantum_rows: ClassVar[int] = 1
 
+    def quantum(self, width: int) -> tuple[int, int]:
+        """(rows, columns) of what can be quantized by itself, in a weight of so many inputs."""
+        return 1, self.group_size
+
     def values(self, shape: Sequence[int]) -> Spec:
         *lead, width = shape
         return Spec((*lead, _whole(width, 8, self.name)), "int32")
@@ -103,7 +115,35 @@ class PackedInt4:
         return (*lead, words * 8)
 
 
-Form = Mxfp4 | BlockFp8 | PackedInt4
+@dataclass(frozen=True)
+class Int8:
+    """Symmetric 8-bit integers q in [-128, 127] and one scale a row: q * scale (compressed-tensors, int-quantized, a
+    scale a channel).
+
+    values: int8 [..., out, in].  scales: [..., out, 1] of scale_dtype, a float.
+    """
+
+    scale_dtype: str = "float32"
+
+    name: ClassVar[str] = "int8_row"
+    quantum_rows: ClassVar[int] = 1
+
+    def quantum(self, width: int) -> tuple[int, int]:
+        """(rows, columns) of what can be quantized by itself, in a weight of so many inputs."""
+        return 1, width
+
+    def values(self, shape: Sequence[int]) -> Spec:
+        return Spec(tuple(shape), "int8")
+
+    def scales(self, shape: Sequence[int], segments: int = 1) -> Spec:
+        return Spec((*shape[:-1], 1), self.scale_dtype)
+
+    def weight_shape(self, values: Sequence[int]) -> tuple[int, ...]:
+        """The weight's shape, from that of its values."""
+        return tuple(values)
+
+
+Form = Mxfp4 | BlockFp8 | PackedInt4 | Int8
 
 
 def _whole(width: int, unit: int, name: str) -> int:

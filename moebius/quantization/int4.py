@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moebius.quantization import nibbles
 from moebius.quantization.forms import PackedInt4
+from moebius.quantization.rounding import nearest_
 
 LOWEST, HIGHEST = -8, 7
 
@@ -29,5 +30,5 @@ def pack(form: PackedInt4, weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.float().unflatten(-1, (-1, form.group_size))
     spread = torch.maximum(groups.amax(dim=-1) / HIGHEST, groups.amin(dim=-1) / LOWEST)
     scales = spread.where(spread != 0, 1.0).to(getattr(torch, form.scale_dtype))
-    quantized = (groups / scales.float().unsqueeze(-1)).round().clamp(LOWEST, HIGHEST).nan_to_num(0)
+    quantized = nearest_(groups / scales.float().unsqueeze(-1)).clamp_(LOWEST, HIGHEST).nan_to_num_(0)
     return nibbles.join((quantized - LOWEST).to(torch.uint8).flatten(-2)).view(torch.int32), scales

@@ -173,13 +173,34 @@ def test_values_without_scales_are_a_fault(tmp_path):
     tensors = stored(fp8_block(weight(32, 32), BLOCK.block), "q")
     del tensors["q.weight_scale_inv"]
     faults = faults_of(write(tmp_path, tensors), [], targets(**{"q.weight": (32, 32)}), form=BLOCK)
-    assert faults[0].startswith("q.weight: dtype: found float8_e4m3fn")
+    assert faults == [
+        "q.weight: dtype: found float8_e4m3fn in model.safetensors, expected float32; "
+        "its scales, q.weight_scale_inv, are not in the files"
+    ]
 
 
 def test_scales_of_another_grid_are_a_fault(tmp_path):
     tensors = stored(fp8_block(weight(32, 32), (16, 8)), "q")
     faults = faults_of(write(tmp_path, tensors), [], targets(**{"q.weight": (32, 32)}), form=BLOCK)
-    assert faults == ["q.weight_scale_inv: shape: found [2, 4] in model.safetensors, expected [2, 2]"]
+    assert faults == [
+        "q.weight_scale_inv: shape: found [2, 4] in model.safetensors, expected [2, 2], for the blocks of [16, 16] "
+        "of config.json"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float64])
+def test_scales_that_could_only_be_guessed_at_are_a_fault(tmp_path, dtype):
+    tensors = stored(fp8_block(weight(32, 32), BLOCK.block), "q")
+    tensors["q.weight_scale_inv"] = torch.full((2, 2), 127).to(dtype)  # as uint8, e8m0's 1.0 by another name?
+    faults = faults_of(write(tmp_path, tensors), [], targets(**{"q.weight": (32, 32)}), form=BLOCK)
+    assert "expected float32 or bfloat16 or float16 or float8_e8m0fnu" in faults[0]
+
+
+@pytest.mark.parametrize("encode", [lambda matrix: fp8_block(matrix, BLOCK.block), int4_pack], ids=["fp8", "int4"])
+def test_quantized_files_without_a_word_of_it_in_the_config_are_one_fault(tmp_path, encode):
+    tensors = {key: t for stem, one in gate_and_up(encode).items() for key, t in stored(one, stem).items()}
+    (fault,) = faults_of(write(tmp_path, tensors), PACK, targets(**PACKED))
+    assert fault.startswith("config.json: no quantization_config: the files hold quantized weights, such as experts.0")
 
 
 def test_one_plain_expert_among_quantized_ones_is_a_fault(tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moebius import AutoModelForCausalLM, CheckpointError, ConfigError, MoebiusError
-from moebius.checkpoint import loading
+from moebius import AutoModelForCausalLM, CheckpointError, ConfigError, MoebiusError, checkpoint
+from moebius.checkpoint import checksums, loading
 from moebius.errors import SHOWN_FAULTS
 from tests.checkpoint import editing, faults
 from tests.checkpoint.editing import INDEX
@@ -143,11 +143,20 @@ def test_headers_without_metadata_change_nothing(folder):
     assert torch.equal(logits(folder), before)
 
 
-def test_a_bit_flipped_in_the_data_is_not_seen_yet(folder):
-    """Files carry no checksums; such a fault loads and changes what the model says."""
+def test_a_bit_flipped_in_the_data_is_not_seen_without_checksums(folder):
+    """Such a fault loads and changes what the model says."""
     before = logits(folder)
     named("5").damage(folder)
     assert not torch.allclose(logits(folder), before, atol=1e-3)
+
+
+def test_a_bit_flipped_in_the_data_is_found_by_checksums(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    checkpoint.save(model.plan, dict(model.named_parameters()), folder, checksums=True)
+    assert checksums.check(checkpoint.open_files(folder), threads=0) == []
+    named("5").damage(folder)
+    (fault,) = checksums.check(checkpoint.open_files(folder), threads=0)
+    assert (fault.where, fault.what) == ("model-00001-of-00004.safetensors", "damaged")
 
 
 def test_nan_is_found_if_looked_for_and_loads_otherwise(folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moebius import CapacityError, CheckpointError, Interleave, MergeModulelist, Transpose, WeightConverter, checkpoint
-from moebius.checkpoint import loading, reading
+from moebius.checkpoint import loading, reading, staging
 from moebius.checkpoint.loading import check_room
 from tests.checkpoint.folders import numbered, planned, targets, write
 
@@ -65,7 +65,7 @@ def test_casts_equal_torchs_own(tmp_path, dtype):
 def test_what_cannot_be_read_into_place_is_staged_in_any_block_size(
     tmp_path, monkeypatch, operations, shape, result, limit
 ):
-    monkeypatch.setattr(loading, "STAGING_BYTES", limit)
+    monkeypatch.setattr(staging, "BUFFER_BYTES", limit)
     values = numbered(*shape)
     wanted = result(values)
     rule = WeightConverter("stored", "w", operations)

@@ -15,7 +15,7 @@ from moebius.checkpoint.extents import extents, offset_of
 from moebius.checkpoint.jobs import Run, Staged, jobs
 from moebius.checkpoint.loading import LoadOptions
 from moebius.checkpoint.planning import Target
-from moebius.checkpoint.reading import Shards
+from moebius.checkpoint.reading import Shards, raw_bytes
 from tests.checkpoint.folders import planned, write
 
 EXPERTS, WIDTH, HIDDEN = 6, 96, 128  # 24 KiB a bfloat16 matrix: 6 pages; gate and up of one expert 12
@@ -196,7 +196,8 @@ class LateLane:
     """A device whose copies are done late, lanes in any order: when a slot is asked for again, or at the end."""
 
     def __init__(self, slots: int):
-        self._slots = [torch.full((device.SLOT_BYTES,), 0xFF, dtype=torch.uint8) for _ in range(slots)]
+        tensors = [torch.full((device.SLOT_BYTES,), 0xFF, dtype=torch.uint8) for _ in range(slots)]
+        self._slots = [device.Slot(tensor, raw_bytes(tensor)) for tensor in tensors]
         self._turn, self._todo = -1, []
 
     def slot(self):
@@ -205,15 +206,13 @@ class LateLane:
             self.finish()
         return self._slots[self._turn % len(self._slots)]
 
-    def copy(self, target, source):
-        self._todo.append(lambda: target.copy_(source))
+    def copy(self, target, start, begin, nbytes):
+        source = self._slots[self._turn % len(self._slots)].tensor[begin : begin + nbytes]
+        place = target.view(-1).view(torch.uint8)[start : start + nbytes]
+        self._todo.append(lambda: place.copy_(source))
 
-    def bounce(self, source):
-        held = torch.empty_like(source)
-        self._todo.append(lambda: held.copy_(source))
-        return held
-
-    def place(self, target, found):
+    def place(self, target, source, strides):
+        found = source.as_strided(target.shape, strides, source.storage_offset())
         self._todo.append(lambda: target.copy_(found))
 
     def sent(self):
