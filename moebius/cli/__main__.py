@@ -12,7 +12,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moebius
+from moebius.cli.bench import bench
 from moebius.cli.chat import chat
+from moebius.cli.convert import convert
 from moebius.cli.demo import demo
 from moebius.cli.env import env
 from moebius.cli.generate import generate
@@ -26,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "inspect": inspect,
     "plan": plan,
+    "convert": convert,
     "env": env,
 }
 
@@ -65,6 +68,7 @@ def make_app() -> typer.Typer:
     )
     for name, command in COMMANDS.items():
         app.command(name)(interruptible(command))
+    app.add_typer(bench, name="bench")
     return app
 
 

@@ -85,8 +85,8 @@ def config_description(name: str, dtype: str, ctx: int, batch: int) -> dict[str,
     raw = read_config(Path(name))
     family = family_of(raw)
     config, form = family.from_hf(raw), family.stored_form(raw)
-    width = ITEM_BYTES[dtype_name_of(dtype) or config.dtype or "float32"]
-    head = _shape(config) | {"dtype": dtype_name_of(dtype) or config.dtype or "float32"}
+    counted = dtype_name_of(dtype) or config.dtype or ("bfloat16" if form else "float32")
+    width, head = ITEM_BYTES[counted], _shape(config) | {"dtype": counted}
     sizes = _sizes(config, ctx, batch, width, lambda facts: (facts.experts * width, facts.rest * width))
     return {"model": name} | head | {"published_form": form and form.name} | sizes
 
@@ -149,7 +149,17 @@ def table(report: dict[str, Any]) -> str:
         for part in ("experts", "rest", "total")
     ]
     checked = [f"  all {report['tensors']:,} tensors were read: no NaN"] if "nan" in report else []
-    return "\n".join([_headline(report), *rows, _per_token(report), *lines(report), *checked])
+    return "\n".join([_headline(report), *rows, _per_token(report), *lines(report), *_skipped(report), *checked])
+
+
+def _skipped(report: dict[str, Any]) -> list[str]:
+    """A line a reason."""
+    from moebius.checkpoint.describe import size
+
+    groups: dict[str, list[int]] = {}
+    for tensor in report.get("skipped", []):
+        groups.setdefault(tensor["reason"], []).append(tensor["bytes"])
+    return [f"  skipped  {len(group):,} tensors, {size(sum(group))}: {reason}" for reason, group in groups.items()]
 
 
 def _headline(report: dict[str, Any]) -> str:
@@ -157,7 +167,8 @@ def _headline(report: dict[str, Any]) -> str:
     head = f"{report['model']}  {report['model_type']}, {report['layers']} layers, {experts}; "
     if "files" not in report:
         form = report["published_form"]
-        return head + "its config alone, no weights" + (f"; published as {form}" if form else "")
+        published = f"; published as {form}, sizes are of plain weights" if form else ""
+        return head + "its config alone, no weights" + published
     files = "1 file" if len(report["files"]) == 1 else f"{len(report['files'])} files"
     return head + f"{report['tensors']:,} tensors in {files}, {report['layout']}, complete"
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Form = Literal["int8", "int4", "fp8", "mxfp4"]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or its name on the hub.")]
 Revision = Annotated[str, typer.Option("--revision", help="The hub's branch, tag or commit.")]
@@ -12,6 +13,17 @@ Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this ma
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Load as this dtype; auto: the checkpoint's own.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
 Experts = Annotated[str, typer.Option("--experts", help="The experts' backend: auto, eager, grouped_mm, ...")]
+Quantization = Annotated[
+    Form | None, typer.Option("--quantization", help="Quantize experts and linear layers to this form.")
+]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", min=8, help="Inputs that share a scale in int4. [default: 32]")
+]
+ExpertsOnly = Annotated[bool, typer.Option("--experts-only", help="Quantize the routed experts alone.")]
+ModulesToNotConvert = Annotated[
+    list[str] | None,
+    typer.Option("--modules-to-not-convert", help="Leave these plain, as in self_attn; may be given more than once."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say which choices were made.")]

@@ -16,9 +16,6 @@ from moebius.cli.console import Console
 from moebius.cli.memory import peak_memory
 from moebius.cli.progress import loading_bar
 from moebius.errors import ArgumentError, Fault
-from moebius.experts.interface import AUTO, Experts
-from moebius.experts.select import Situation, select_backend
-from moebius.layers.decoder import Decoder
 
 TOKEN_ID = re.compile("[0-9]{1,18}")  # what int64 can hold; whether the model has it, the model says
 
@@ -53,15 +50,9 @@ def load(folder: Path, choice: ModelChoice, console: Console) -> CausalLM:
     )
 
 
-def backend_name(decoder: Decoder) -> str:
+def backend_name(decoder: CausalLM) -> str:
     """The backend that runs the routed experts: the one that was named, or what "auto" chooses here."""
-    experts = next((module for module in decoder.modules() if isinstance(module, Experts)), None)
-    if experts is None:
-        return "none, the model is dense"
-    if experts.experts_implementation != AUTO:
-        return experts.experts_implementation
-    weight = experts.down_proj
-    return select_backend(Situation(weight.device.type, weight.dtype, weight.shape[1], weight.shape[2])).name
+    return decoder.experts_backend(decoder.device.type) or "none, the model is dense"
 
 
 def sampling_options(**flags: Any) -> dict[str, Any]:

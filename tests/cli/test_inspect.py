@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moebius import AutoModelForCausalLM
 from moebius.cli.inspect import count
 from moebius.errors import CapacityError
+from tests.families import tiny_config
+from tests.quantized_folders import INT4_CONFIG, MXFP4_CONFIG, int4_pack, quantized_pair
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 32, 16, 4, 2, 512
 ATTENTION = 2 * HIDDEN * 32 + 2 * HIDDEN * 16 + 2 * 8  # q and o, k and v, and their norms
@@ -121,3 +124,40 @@ def test_json_holds_every_fault_however_many(moebius, model, tmp_path):
     assert {fault["where"] for fault in report["faults"]} == set(norms)
     assert all(fault["what"] == "missing" for fault in report["faults"])
     assert report["error"] in ended.err
+
+
+def test_a_config_alone_is_described_without_weights(moebius, model, tmp_path):
+    (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
+    for place in (tmp_path, tmp_path / "config.json"):
+        report = json.loads(moebius("inspect", place, "--json").out)
+        assert report["parameters"] == {"experts": ROUTED, "rest": REST, "total": ROUTED + REST, "active": ACTIVE}
+        assert "its config alone, no weights" in moebius("inspect", place).out
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert moebius("inspect", tmp_path).code == 3
+
+
+def test_the_published_form_of_a_config_alone_is_named(moebius, tmp_path):
+    config = tiny_config("gpt_oss") | {"quantization_config": MXFP4_CONFIG}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "published as mxfp4, sizes are of plain weights" in moebius("inspect", tmp_path).out
+    assert json.loads(moebius("inspect", tmp_path, "--json").out)["published_form"] == "mxfp4"
+
+
+def test_forms_on_disk_and_in_memory_are_said_and_what_is_skipped(moebius, tmp_path):
+    config = tiny_config("qwen3_moe")
+    made = AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path / "made")
+    stray = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    plain = load_file(tmp_path / "made/model.safetensors") | stray
+    pair = quantized_pair(
+        tmp_path, config, plain, lambda key, weight: int4_pack(weight) if ".experts." in key else None, INT4_CONFIG
+    )
+    lines = moebius("inspect", pair.quantized).out.splitlines()
+    assert [line.split()[:2] for line in lines[5:]] == [["experts", "int4_pack"], ["rest", "float32"], ["skipped", "1"]]
+    assert "kept so in memory" in lines[5]
+    decoded = moebius("inspect", pair.quantized, "--dtype", "bfloat16").out.splitlines()
+    assert "on disk, bfloat16" in decoded[5]
+    report = json.loads(moebius("inspect", pair.quantized, "--json").out)
+    experts = report["storage"][0]
+    assert experts["disk_bytes"] == experts["memory_bytes"] == report["bytes"]["experts"]
+    assert report["bytes"]["experts"] < 0.2 * 4 * report["parameters"]["experts"]

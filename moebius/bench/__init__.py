@@ -1,0 +1,1 @@
+"""The measured suites behind `moebius bench`: each beside its peer, in the same run."""
