@@ -28,7 +28,9 @@ def pack(form: PackedInt4, weight: Tensor) -> tuple[Tensor, Tensor]:
     -8 at least; a group of zeros has scale 1, and one that is not finite a scale that is not.
     """
     groups = weight.float().unflatten(-1, (-1, form.group_size))
-    spread = torch.maximum(groups.amax(dim=-1) / HIGHEST, groups.amin(dim=-1) / LOWEST)
+    # by tensors, because a card divides by a number by multiplying with its inverse, to another last bit
+    highest, lowest = groups.new_tensor(HIGHEST), groups.new_tensor(LOWEST)
+    spread = torch.maximum(groups.amax(dim=-1) / highest, groups.amin(dim=-1) / lowest)
     scales = spread.where(spread != 0, 1.0).to(getattr(torch, form.scale_dtype))
     quantized = nearest_(groups / scales.float().unsqueeze(-1)).clamp_(LOWEST, HIGHEST).nan_to_num_(0)
     return nibbles.join((quantized - LOWEST).to(torch.uint8).flatten(-2)).view(torch.int32), scales
