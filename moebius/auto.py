@@ -127,6 +127,7 @@ class CausalLM(Decoder):
         *,
         max_shard_size: int | str = "5GB",
         layout: str | None = None,
+        checksums: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Writes the model in the hub's own layout: per-expert tensors, config.json, generation_config.json.
@@ -134,11 +135,19 @@ class CausalLM(Decoder):
         A loaded model keeps its files' names, keys and order (max_shard_size then has no say).  One whose weights were
         decoded or quantized while they were read is written anew, without what it does not use: plain, or as its form
         is published (docs/quantization.md).  layout: "published" writes any model anew in its family's layout, "packed"
-        with the experts as they lie in memory.  Other files of the folder stay.
+        with the experts as they lie in memory.  checksums: also write SHA256SUMS, for check_tensors and for
+        `sha256sum -c`.  Other files of the folder stay.
         Raises SaveError if it cannot be written; the folder then holds what it held.
         """
         todo = self._save_plan(arguments.byte_count(max_shard_size), arguments.layout_of(layout))
-        checkpoint.save(todo.plan, todo.tensors, path, extra_files=self._described(todo), progress=progress)
+        checkpoint.save(
+            todo.plan,
+            todo.tensors,
+            path,
+            extra_files=self._described(todo),
+            progress=progress,
+            checksums=checksums,
+        )
         if self.source and self.source.folder.resolve() == hub.local_path(path).resolve():
             self.source = _reopened(self.source)
 
@@ -198,7 +207,8 @@ class AutoModelForCausalLM:
         weights), a device a module ({"model": 0, "lm_head": "cpu"}, a layer being the smallest), or "auto" (one GPU if
         it can take all, else layers are spread over all GPUs and the host), "balanced", "sequential" (see
         placement.Strategy).  experts_implementation: a backend's name, or "auto".
-        weight_conversions: rules that come before the family's.  check_tensors: also refuse NaN.
+        weight_conversions: rules that come before the family's.  check_tensors: also refuse NaN, and bytes
+        that differ from the folder's SHA256SUMS or the hub's.
         loading: "async" (threads, the default) or "sync" (one, in the files' order; also HF_DEACTIVATE_ASYNC_LOAD=1).
         mapping: "auto" lets CPU weights be pages of the files where they lie there as they are needed (a change of the
         files would be a change of the weights; they are aligned as in the file, so that products may differ in their

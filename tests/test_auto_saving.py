@@ -10,6 +10,7 @@ import transformers
 from moebius import (
     ArgumentError,
     AutoModelForCausalLM,
+    CheckpointError,
     GenerationConfig,
     SaveError,
 )
@@ -175,3 +176,15 @@ def test_the_files_it_was_loaded_from_may_be_gone(checkpoints, tmp_path):
     shutil.rmtree(copy)
     model.save_pretrained(tmp_path / "saved")
     assert tensors_of(tmp_path / "saved") == tensors_of(folder)
+
+
+def test_a_flipped_bit_is_seen_if_checksums_were_saved_and_are_asked_for(tmp_path):
+    AutoModelForCausalLM.from_config(tiny_config("qwen2")).save_pretrained(tmp_path, checksums=True)
+    AutoModelForCausalLM.from_pretrained(tmp_path, check_tensors=True)
+    path = tmp_path / "model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, check_tensors=True)

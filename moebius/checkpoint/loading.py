@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from moebius.checkpoint import checksums
 from moebius.checkpoint.blocks import whole_block
 from moebius.checkpoint.decoding import read_decoded
 from moebius.checkpoint.device import READERS, SLOT_BYTES, CudaLane, PinnedSlots, cuda_streams, send
@@ -135,7 +136,8 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Reads the plan's tensors: {target name: tensor of the planned shape and dtype, on its device}.
 
-    check_tensors: also look for NaN in what was read.  pinned: for a GPU, slots that are being pinned already.
+    check_tensors: also compare checksums where there are any, and look for NaN in what was read.  pinned: for a GPU,
+    slots that are being pinned already.
     Raises CheckpointError if a file changed since it was planned, ends early, holds NaN (if looked for), or holds a
     tied weight twice with different bytes.  Nothing half-filled is returned.
     """
@@ -164,6 +166,8 @@ class _Loader:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def run(self, check: bool) -> dict[str, torch.Tensor]:
+        if check:
+            self._refuse(checksums.check(self._plan.files, threads=self._options.threads))
         todo = self._by_device(jobs(self._plan))
         mapped = CPU in todo and self._options.mapping == "auto" and mappable(self._plan.files.folder)
         self._allocate({CPU} if mapped else set())
@@ -176,9 +180,12 @@ class _Loader:
             read_decoded(decode, self._tensors, self._shards.read_into)
             self._advance(decode.info.nbytes)
         faults = [*self._pack(check), *(self._nan() if check else ()), *self._doubles(), *self._constants()]
+        self._refuse(faults)
+        return self._tensors
+
+    def _refuse(self, faults: Sequence[Fault]) -> None:
         if faults:
             raise CheckpointError(f"bad weights in {self._plan.files.folder}; no model was made", faults=faults)
-        return self._tensors
 
     # --- memory --------------------------------------------------------------------------------------------------
 
