@@ -32,7 +32,7 @@ INPUT_IDS = torch.arange(24)[None]
 LINES, WIDTH = 3, 160
 
 NOTES = {
-    "5": "; will be found by `check_tensors=True` once a folder carries checksums (to come)",
+    "5": "; refused by `check_tensors=True` if the folder was saved with `checksums=True`",
     "37": "; a pickle is never opened",
 }
 
@@ -53,7 +53,7 @@ What happens when a checkpoint's files are not what they should be. Each fault w
 - *loads* gives a model. *Other logits*: not those of the undamaged checkpoint. *Silent*: no error, no warning.
 
 Moebius refuses what it cannot load faithfully, and tells every fault that the headers show in one error. What it lets
-through today: a bit flipped in the data (row 5) changes no header, and the files carry no checksums yet. NaN (row 18)
+through today: a bit flipped in the data (row 5) changes no header, and these files carry no checksums. NaN (row 18)
 is looked for with `check_tensors=True`, which is off by default because it goes over every weight once more.
 """
 
