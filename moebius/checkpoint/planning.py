@@ -141,7 +141,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory that loading needs at its peak: the model once, and one staging buffer."""
+        """Memory that loading needs at its peak: the model once, and staging (on many processors, a few MiB more)."""
         staging = PACKING_BYTES if self.packs else DECODING_BYTES if self.decodes else STAGING_BYTES
         return self.target_bytes + staging
 

@@ -11,7 +11,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, o
 Revision = Annotated[str, typer.Option("--revision", help="The hub's branch, tag or commit.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this machine; reach for no network.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Load as this dtype; auto: the checkpoint's own.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: the GPUs, the host for the rest.")]
 Experts = Annotated[str, typer.Option("--experts", help="The experts' backend: auto, eager, grouped_mm, ...")]
 Quantization = Annotated[
     Form | None, typer.Option("--quantization", help="Quantize experts and linear layers to this form.")

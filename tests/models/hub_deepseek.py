@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tests.quantized_folders import INT4_CONFIG
+
 DEEPSEEK_V2_LITE: dict[str, Any] = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "attention_bias": False,
@@ -160,42 +162,11 @@ KIMI_K2: dict[str, Any] = {
     "transformers_version": "4.48.3",
     "vocab_size": 163840,
 }
-INT4: dict[str, Any] = {
-    "config_groups": {
-        "group_0": {
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": {
-                "actorder": None,
-                "block_structure": None,
-                "dynamic": False,
-                "group_size": 32,
-                "num_bits": 4,
-                "observer": "minmax",
-                "observer_kwargs": {},
-                "strategy": "group",
-                "symmetric": True,
-                "type": "int",
-            },
-        }
-    },
-    "format": "pack-quantized",
-    "ignore": [
-        "lm_head",
-        "re:.*self_attn.*",
-        "re:.*shared_experts.*",
-        "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
-    ],
-    "kv_cache_scheme": None,
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-}
 KIMI_K2_THINKING = {
     **KIMI_K2,
     "eos_token_id": 163586,
     "max_position_embeddings": 262144,
-    "quantization_config": INT4,
+    "quantization_config": INT4_CONFIG,
     "rope_scaling": {**KIMI_K2["rope_scaling"], "factor": 64.0},
 }
 LEFT_OVER: dict[str, Any] = {
@@ -270,7 +241,7 @@ KIMI_K25: dict[str, Any] = {
         "dtype": "bfloat16",
         "max_position_embeddings": 262144,
         "pad_token_id": 163839,
-        "quantization_config": INT4,
+        "quantization_config": INT4_CONFIG,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {**DEEPSEEK_V3["rope_scaling"], "beta_fast": 32.0, "beta_slow": 1.0, "factor": 64.0},
     },

@@ -9,7 +9,8 @@ from moebius.models import family_of
 from moebius.quantization.forms import BlockFp8, Mxfp4, PackedInt4
 from tests.families import tiny_config
 from tests.models.hub_configs import RELEASED
-from tests.models.hub_deepseek import INT4, KIMI_K25
+from tests.models.hub_deepseek import KIMI_K25
+from tests.quantized_folders import INT4_CONFIG as INT4
 
 FP8: dict[str, Any] = {
     "quant_method": "fp8",
