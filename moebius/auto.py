@@ -225,14 +225,14 @@ class AutoModelForCausalLM:
         wanted = arguments.device_map_of(device_map, options.get("max_memory"))
         how = arguments.load_options(loading, mapping)
         pinned = PinnedSlots() if any(map(placement.is_gpu, wanted.devices)) else None  # while the plan is made
-        opened = open_checkpoint(
+        opened, model = _opened(
             name_or_path,
             dtype=arguments.either(dtype, options),
             weight_conversions=weight_conversions,
             quantization=arguments.quantization_of(quantization, quantization_config),
+            experts_implementation=experts_implementation,
             **download,
         )
-        model = _build(opened.config, opened.family, experts_implementation, opened.held)
         model.source = opened
         model.generation_config = GenerationConfig.from_pretrained(opened.folder)
         devices = placement.place(wanted, opened.plan, free_bytes)
@@ -284,6 +284,27 @@ def open_checkpoint(
 
     Arguments and errors as for AutoModelForCausalLM.from_pretrained.
     """
+    opened, _ = _opened(
+        name_or_path,
+        dtype=dtype,
+        weight_conversions=weight_conversions,
+        quantization=quantization,
+        experts_implementation="auto",
+        **download,
+    )
+    return opened
+
+
+def _opened(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None,
+    weight_conversions: Sequence[Rule],
+    quantization: QuantizationConfig | None,
+    experts_implementation: str,
+    **download: Any,
+) -> tuple[OpenedCheckpoint, CausalLM]:
+    """As open_checkpoint; with the model, without memory for its weights."""
     wanted = arguments.dtype_name_of(dtype)
     folder = hub.resolve(name_or_path, **download)
     raw = model_folder.read_config(folder)
@@ -297,16 +318,13 @@ def open_checkpoint(
         rules, form = family.rules(config), family.stored_form(raw)
         return checkpoint.plan(files, rules, _targets(model), weight_conversions, form=form, keep=keep)
 
-    plain = _build(config, family, "auto")
-    plan = planned(plain, keep=False)
-    if quantization:
-        held = forms_for(plain, quantization)
-        plan = quantized(plan, _packings(held))
-    elif held := {} if wanted else _held(plan, plain):
-        plan = planned(_build(config, family, "auto", held), keep=True)
-    return OpenedCheckpoint(
-        folder, raw, family, config, str(config.dtype), files, plan, held, tuple(weight_conversions)
-    )
+    model = _build(config, family, experts_implementation)
+    plan = planned(model, keep=False)
+    if held := forms_for(model, quantization) if quantization else {} if wanted else _held(plan, model):
+        model = _build(config, family, experts_implementation, held)
+        plan = quantized(plan, _packings(held)) if quantization else planned(model, keep=True)
+    conversions = tuple(weight_conversions)
+    return OpenedCheckpoint(folder, raw, family, config, str(config.dtype), files, plan, held, conversions), model
 
 
 def _held(plan: Plan, model: CausalLM) -> Mapping[str, Form]:

@@ -53,9 +53,9 @@ class Staged:
 Job = Run | Staged
 
 
-def jobs(plan: Plan) -> list[Job]:
-    """A job a part of every read, neighbours joined where they stay neighbours."""
-    return list(_joined(_jobs(plan)))
+def jobs(plan: Plan) -> Iterator[Job]:
+    """A job a part of every read, in their order, neighbours joined where they stay neighbours."""
+    return _joined(_jobs(plan))
 
 
 def pieces(run: Run, nbytes: int) -> Iterator[Run]:

@@ -5,8 +5,9 @@ permutation, another device) goes through one small staging buffer a thread, blo
 tensor twice.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -23,6 +24,7 @@ from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
 from moebius.checkpoint.jobs import Job, Run, Staged, jobs, pieces
 from moebius.checkpoint.mapping import Mapper, by_target, mappable
 from moebius.checkpoint.packing import read_packed
+from moebius.checkpoint.pages import make_present
 from moebius.checkpoint.planning import STAGING_BYTES, Decode, Plan, Read
 from moebius.checkpoint.pool import default_readers, run_all, run_each
 from moebius.checkpoint.reading import Shards, raw_bytes, read_into, torch_dtype
@@ -150,6 +152,22 @@ def load(
         shown.finish()
 
 
+class _Tensors(dict[str, torch.Tensor]):
+    """By name, each made when it is first asked for: readers begin before all memory is there."""
+
+    def __init__(self, plan: Plan, devices: Mapping[str, torch.device]):
+        super().__init__()
+        self._targets, self._devices, self._lock = plan.targets, devices, Lock()
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        with self._lock:
+            if name not in self:
+                target = self._targets[name]
+                dtype = torch_dtype(target.dtype)
+                self[name] = torch.empty(target.shape, dtype=dtype, device=self._devices[name])
+        return self[name]
+
+
 class _Loader:
     def __init__(
         self,
@@ -163,14 +181,13 @@ class _Loader:
         self._plan, self._devices, self._shards, self._options = plan, devices, shards, options
         self._pinned = pinned
         self._shown, self._lock = shown, Lock()
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors = _Tensors(plan, devices)
 
     def run(self, check: bool) -> dict[str, torch.Tensor]:
         if check:
             self._refuse(checksums.check(self._plan.files, threads=self._options.threads))
         todo = self._by_device(jobs(self._plan))
         mapped = CPU in todo and self._options.mapping == "auto" and mappable(self._plan.files.folder)
-        self._allocate({CPU} if mapped else set())
         for device, mine in todo.items():
             if device == CPU:
                 self._read_all(mine, mapped)
@@ -181,7 +198,7 @@ class _Loader:
             self._advance(decode.info.nbytes)
         faults = [*self._pack(check), *(self._nan() if check else ()), *self._doubles(), *self._constants()]
         self._refuse(faults)
-        return self._tensors
+        return {name: self._tensors[name] for name in self._plan.targets}
 
     def _refuse(self, faults: Sequence[Fault]) -> None:
         if faults:
@@ -189,20 +206,14 @@ class _Loader:
 
     # --- memory --------------------------------------------------------------------------------------------------
 
-    def _by_device(self, todo: list[Job]) -> dict[torch.device, list[Job]]:
+    def _by_device(self, todo: Iterator[Job]) -> Mapping[torch.device, Iterable[Job]]:
+        """One device's jobs are made while they are done."""
         grouped: dict[torch.device, list[Job]] = {device: [] for device in self._devices.values()}
         if len(grouped) == 1:
             return dict.fromkeys(grouped, todo)
         for job in todo:
             grouped[self._devices[job.target]].append(job)
         return grouped
-
-    def _allocate(self, left_out: Container[torch.device]) -> None:
-        """Makes all tensors, but for those of the devices that are left out."""
-        for name, target in self._plan.targets.items():
-            device = self._devices[name]
-            if device not in left_out:
-                self._tensors[name] = torch.empty(target.shape, dtype=torch_dtype(target.dtype), device=device)
 
     def _map(self, runs: Sequence[Run]) -> list[Run]:
         """Makes the host's tensors; what could not be mapped is still to be read."""
@@ -217,15 +228,16 @@ class _Loader:
 
     # --- jobs ----------------------------------------------------------------------------------------------------
 
-    def _read_all(self, todo: Sequence[Job], mapped: bool) -> None:
+    def _read_all(self, jobs: Iterable[Job], mapped: bool) -> None:
         """Fills tensors on the host."""
+        todo = list(jobs)
         runs, threads = [job for job in todo if isinstance(job, Run)], self._options.threads
         runs = self._map(runs) if mapped else runs
         run_all((piece for run in runs for piece in pieces(run, READ_BYTES)), self._read, threads)
         staged = (job for job in todo if isinstance(job, Staged))
         stage(staged, self._tensors, self._shards, readers=threads, advance=self._advance)
 
-    def _send(self, todo: Sequence[Job], device: torch.device) -> None:
+    def _send(self, todo: Iterable[Job], device: torch.device) -> None:
         """Fills tensors on a GPU."""
         threads = 0 if self._options.loading == "sync" else min(READERS, self._options.readers or READERS)
         pinned, self._pinned = self._pinned or PinnedSlots(), None  # the next GPU gets its own
@@ -244,8 +256,9 @@ class _Loader:
         self._advance(sum(job.payload for job in extent.jobs))
 
     def _read(self, run: Run) -> None:
-        place = raw_bytes(self._tensors[run.target])[run.start : run.start + run.nbytes]
-        read_into(self._shards.descriptor(run.file), place, run.offset, run.file)
+        place = self._tensors[run.target].view(-1).view(torch.uint8)[run.start : run.start + run.nbytes]
+        make_present(place)
+        read_into(self._shards.descriptor(run.file), raw_bytes(place), run.offset, run.file)
         self._advance(run.nbytes)
 
     def _pack(self, check: bool) -> list[Fault]:
@@ -270,10 +283,13 @@ class _Loader:
         return [Fault(way.info.name, "NaN", f"in {way.info.file}") for way in ways if _has_nan(way, self._tensors)]
 
     def _doubles(self) -> list[Fault]:
-        """Tied weights that are stored twice must hold the same values."""
-        faults = []
+        """Tied weights that are stored twice must hold the same values, as they are stored: a cast may hide it."""
+        faults, firsts = [], {part.name: read.info for read in self._plan.reads for part in read.parts}
         for info, name in self._plan.doubles:
-            if not _equals(self._shards, info, self._tensors[name]):
+            tensor, first = self._tensors[name], firsts.get(name)
+            cast = torch_dtype(info.dtype) != tensor.dtype
+            alike = _alike(self._shards, info, first) if first and cast else _equals(self._shards, info, tensor)
+            if not alike:
                 faults.append(Fault(info.name, "tied weights differ", f"{info.file}: not the values of {name}"))
             self._advance(info.nbytes)
         return faults
@@ -299,12 +315,28 @@ def _has_nan(way: Read | Decode, tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _equals(shards: Shards, info: TensorInfo, tensor: torch.Tensor) -> bool:
-    size = ITEM_BYTES[info.dtype]
-    staging = torch.empty(min(tensor.numel(), max(1, STAGING_BYTES // size)), dtype=torch_dtype(info.dtype))
-    for start in range(0, tensor.numel(), staging.numel()):
-        held = tensor.reshape(-1)[start : start + staging.numel()]
-        shards.read_into(info, raw_bytes(staging)[: held.numel() * size], start * size)
-        found = staging[: held.numel()].to(device=held.device, dtype=held.dtype)
-        if not torch.allclose(found, held, rtol=0, atol=0, equal_nan=True):
+    """Does the tensor hold the values that are stored?"""
+    for start, found in _stored(shards, info):
+        held = tensor.reshape(-1)[start : start + found.numel()]
+        if not _same(found.to(device=held.device, dtype=held.dtype), held):
             return False
     return True
+
+
+def _alike(shards: Shards, one: TensorInfo, other: TensorInfo) -> bool:
+    """Are the same values stored twice?"""
+    return all(_same(a, b) for (_, a), (_, b) in zip(_stored(shards, one), _stored(shards, other), strict=True))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _stored(shards: Shards, info: TensorInfo) -> Iterator[tuple[int, torch.Tensor]]:
+    """A stored tensor, flat, a buffer at a time: (its first element's number, elements until the next)."""
+    size, elements = ITEM_BYTES[info.dtype], math.prod(info.shape)
+    staging = torch.empty(min(elements, max(1, STAGING_BYTES // size)), dtype=torch_dtype(info.dtype))
+    for start in range(0, elements, max(1, staging.numel())):
+        found = staging[: min(staging.numel(), elements - start)]
+        shards.read_into(info, raw_bytes(found), start * size)
+        yield start, found

@@ -31,6 +31,11 @@ class Shard:
     reads: tuple[Read, ...]
     carried: tuple[tuple[TensorInfo, TensorInfo], ...] = ()  # (as it will lie, as it lies in the source)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+        return len(self.header) + sum(info.nbytes for info in infos(self))
+
 
 @dataclass(frozen=True)
 class SavePlan:

@@ -11,6 +11,7 @@ import torch
 
 from moebius.checkpoint.atomic import beside, exchangeable, replaceable, replacing_folder
 from moebius.checkpoint.checksums import SUMS_FILE, sums
+from moebius.checkpoint.direct import new_file
 from moebius.checkpoint.files import INDEX_FILE
 from moebius.checkpoint.hub import local_path
 from moebius.checkpoint.inplace import INSIDE, fitted, replacing_files
@@ -21,7 +22,7 @@ from moebius.checkpoint.planning import Plan
 from moebius.checkpoint.pool import default_readers
 from moebius.checkpoint.reading import Shards, dtype_name
 from moebius.checkpoint.reversing import SavePlan, as_loaded
-from moebius.checkpoint.writing import new_file, write_at, write_shards
+from moebius.checkpoint.writing import write_shards
 from moebius.errors import Fault, SaveError
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?(\.\d+)?\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
@@ -142,5 +143,5 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    with new_file(path) as descriptor:
-        write_at(descriptor, memoryview(content), 0)
+    with new_file(path, len(content)) as file:
+        file.write(memoryview(content))

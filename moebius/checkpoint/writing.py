@@ -7,9 +7,7 @@ is rearranged or cast is put together in slabs, stretches of the file of at most
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,12 +17,13 @@ import torch
 from torch import Tensor
 
 from moebius.checkpoint.blocks import Block, is_run
+from moebius.checkpoint.direct import new_file
 from moebius.checkpoint.fetching import WRITE_BYTES, Lane, block_in, lanes_to
 from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
 from moebius.checkpoint.operations import Part, narrow_part
 from moebius.checkpoint.planning import STAGING_BYTES, Read
 from moebius.checkpoint.pool import run_all
-from moebius.checkpoint.reading import MAX_IO_BYTES, Shards, torch_dtype
+from moebius.checkpoint.reading import Shards, torch_dtype
 from moebius.checkpoint.reversing import SavePlan, Shard
 
 Tensors = Mapping[str, Tensor]
@@ -106,37 +105,37 @@ class _Writer:
     def write(self, shard: Shard) -> None:
         """The header, then every tensor from its first byte to its last, so that a checksum can be taken on the way."""
         lanes, digest = self._lanes.get(), hashlib.sha256()
-        with new_file(self._folder / shard.name) as descriptor:
-            for held, offset in self._all(shard, lanes):
+        with new_file(self._folder / shard.name, shard.nbytes) as file:
+            for held in self._all(shard, lanes):
                 if self._checksums:
                     digest.update(held)
-                write_at(descriptor, held, offset)
+                file.write(held)
         self._lanes.put(lanes)
         if self._checksums:
             self.digests[shard.name] = digest.hexdigest()
 
-    def _all(self, shard: Shard, lanes: Mapping[torch.device, Lane]) -> Iterator[tuple[memoryview, int]]:
-        """(bytes, offset) of the whole file, in order; the bytes hold until the next are asked for."""
-        yield memoryview(shard.header), 0
+    def _all(self, shard: Shard, lanes: Mapping[torch.device, Lane]) -> Iterator[memoryview]:
+        """The whole file, in order; the bytes hold until the next are asked for."""
+        yield memoryview(shard.header)
         for job in sorted(jobs_of(shard, self._tensors), key=lambda job: job.offset):
             yield from self._pieces(job, lanes)
             with self._lock:
                 self._advance(job.nbytes)
 
-    def _pieces(self, job: Job, lanes: Mapping[torch.device, Lane]) -> Iterator[tuple[memoryview, int]]:
+    def _pieces(self, job: Job, lanes: Mapping[torch.device, Lane]) -> Iterator[memoryview]:
         match job:
             case Run():
                 tensor = self._tensors[job.tensor]
                 found = tensor.as_strided((job.length,), (1,), job.start)
-                yield lanes[tensor.device].host(found), job.offset
+                yield lanes[tensor.device].host(found)
             case Slab():
-                yield self._slab(job, lanes), job.offset
+                yield self._slab(job, lanes)
             case Carried():
                 buffer = memoryview(bytearray(min(job.nbytes, STAGING_BYTES)))
                 for start in range(0, job.nbytes, STAGING_BYTES):
                     held = buffer[: min(STAGING_BYTES, job.nbytes - start)]
                     self._source.read_into(job.stored, held, start)
-                    yield held, job.offset + start
+                    yield held
 
     def _slab(self, slab: Slab, lanes: Mapping[torch.device, Lane]) -> memoryview:
         """Put together on the device of its parts; a conversion's tensors are on one."""
@@ -192,21 +191,3 @@ def _slabs(info: TensorInfo, axis: int, shape: tuple[int, ...], parts: tuple[Par
         inside = tuple(kept for part in parts if (kept := narrow_part(part, axis, first, rows)))
         narrowed = (*shape[:axis], rows, *shape[axis + 1 :])
         yield from _slabs(info, axis + (row > STAGING_BYTES), narrowed, inside, offset + first * row)
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[int]:
-    """A descriptor of a file that is not there yet, with the mode that the umask leaves; flushed to the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        yield descriptor
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_at(descriptor: int, held: memoryview, offset: int) -> None:
-    """Writes all of `held`; the kernel may take it in several pieces."""
-    done = 0
-    while done < len(held):
-        done += os.pwrite(descriptor, held[done : done + MAX_IO_BYTES], offset + done)

@@ -1,6 +1,5 @@
 """Reading a config.json: every field typed, ranged and accounted for, all faults raised at once.  No torch."""
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ GENERATION_KEYS = """
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
 """
 
+FLOAT32_MAX = 3.4028234e38
 INERT_KEYS = frozenset(BOOKKEEPING_KEYS.split() + GENERATION_KEYS.split())
 """Fields that say nothing about the model in any family.  Code that `auto_map` names is never run."""
 
@@ -238,5 +238,5 @@ def _are_kinds(value: object, choices: tuple[str, ...]) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Finite, and an integer no larger than a float can be."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Finite, and no larger than a float32 can be: what is computed from it must be finite too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX

@@ -255,7 +255,7 @@ def test_extents_read_each_byte_of_the_files_about_once(folder):
 
 def test_neighbours_are_read_together_and_what_turns_is_staged(folder):
     path, _ = folder
-    todo = jobs(plan_of(path))
+    todo = list(jobs(plan_of(path)))
     staged = [job.target for job in todo if isinstance(job, Staged)]
     assert sorted(set(staged)) == ["halves", "straight"]
     gates = [job for job in todo if isinstance(job, Run) and job.target == "experts.gate_up"]

@@ -11,6 +11,7 @@ from tests.model_folders import ids_for
 
 pytestmark = pytest.mark.gpu
 
+TWO_CARDS = {0: "1GiB", 1: "1GiB"}  # there may be more
 two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SPLITS = {
     "layers on the card": {"model.embed_tokens": "cpu", "model.layers": 0, "model.norm": "cpu", "lm_head": "cpu"},
@@ -142,7 +143,7 @@ def test_what_a_card_cannot_take_is_said_before_a_weight_is_read(folder, monkeyp
 @pytest.mark.parametrize("family", TINY)
 def test_two_cards_run_as_the_host(family, options, folder):
     path = folder(family)
-    model = AutoModelForCausalLM.from_pretrained(path, device_map="balanced", **options)
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="balanced", max_memory=TWO_CARDS, **options)
     assert set(model.hf_device_map.values()) == {0, 1}
     assert torch.cuda.current_device() == 0
     assert_runs_as_on_the_host(model, path)
