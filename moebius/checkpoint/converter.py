@@ -151,6 +151,12 @@ class WeightConverter:
         """How many leading `*` are carried from source to target."""
         return min(self.sources[0].stars, self.targets[0].stars)
 
+    @cached_property
+    def lists_alone(self) -> bool:
+        """Are the sources items of lists, at any index?  All items of a list then fit at one place, or nowhere."""
+        literal = any(is_index(segment) for pattern in self.sources for segment in pattern.segments)
+        return self.merged > 0 and not literal
+
     def match_target(self, name: str) -> Match | None:
         """The fit of a target's name, with the carried indices only."""
         return self._match(self.targets, name)

@@ -16,6 +16,7 @@ from typing import Any
 
 from moebius.errors import CheckpointError, Fault
 
+MAX_COUNT = 1 << 63
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_NAME = 500  # characters of a tensor's name: more would fill a screen with each message
 SINGLE_FILE = "model.safetensors"
@@ -322,7 +323,12 @@ def _unfit_name(name: str) -> str:
 
 
 def _counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    if not isinstance(values, list):
+        return False
+    for value in values:  # noqa: SIM110  # headers have many entries, and a generator costs more than its numbers
+        if type(value) is not int or not 0 <= value < MAX_COUNT:
+            return False
+    return True
 
 
 def _check_extents(file: str, infos: list[TensorInfo], data_start: int, size: int, faults: list[Fault]) -> None:

@@ -198,6 +198,7 @@ class _Loader:
             self._advance(decode.info.nbytes)
         faults = [*self._pack(check), *(self._nan() if check else ()), *self._doubles(), *self._constants()]
         self._refuse(faults)
+        self._shards.check()
         return {name: self._tensors[name] for name in self._plan.targets}
 
     def _refuse(self, faults: Sequence[Fault]) -> None:

@@ -204,12 +204,12 @@ class _Planner:
         self.faults: list[Fault] = list(seen.faults)
         self.claims: dict[str, Conversion] = {}
         self.filled: dict[str, Conversion] = {}
-        self.found = route(self.tensors, [rule for tier in self.tiers for rule in tier])
+        self.routes = route(self.tensors, [rule for tier in self.tiers for rule in tier])
         self.by_template: dict[str, list[list[WeightConverter]]] = {}
 
     def refuse_idle_overrides(self, overrides: Sequence[Rule]) -> None:
         """A user's converter that does nothing was meant to do something; what else is wrong may follow from it."""
-        at_work = {rule for rule, _ in self.found}
+        at_work = {rule for rule, _ in self.routes.places}
         if idle := [rule for rule in overrides if isinstance(rule, WeightConverter) and rule not in at_work]:
             raise ArgumentError(
                 f"weight_conversions: no key in {self.files.folder} fits",
@@ -297,7 +297,7 @@ class _Planner:
 
     def _present(self, name: str, rules: Iterable[WeightConverter]) -> list[Conversion]:
         fits = [(rule, match) for rule in rules if (match := rule.match_target(name))]
-        forms = [self._expand(name, rule, match) for rule, match in fits if (rule, match) in self.found]
+        forms = [self._expand(name, rule, match) for rule, match in fits if (rule, match) in self.routes.places]
         return [form for form in forms if form]
 
     def _expand(self, name: str, rule: WeightConverter, match: Match) -> Conversion | None:
@@ -339,12 +339,15 @@ class _Planner:
 
     def _skipped(self) -> dict[str, str]:
         """Key -> reason, of what the model does not use."""
-        skipped, fits = {}, dict[str, list[WeightSkip]]()
-        for key in self.tensors:
-            template = template_of(key)
-            if template not in fits:
-                fits[template] = [rule for rule in self.skips if rule.fits(template)]
-            rule = next((rule for rule in fits[template] if rule.match(key, self.tensors)), None)
+        found = [
+            (key, fits)
+            for template, keys in self.routes.templates.items()
+            if (fits := [rule for rule in self.skips if rule.fits(template)])
+            for key in keys
+        ]
+        skipped: dict[str, str] = {}
+        for key, fits in found:
+            rule = next((rule for rule in fits if rule.match(key, self.tensors)), None)
             if rule and key in self.claims:
                 self.faults.append(Fault(key, "claimed twice", f"for {self.claims[key].targets[0]} and to be skipped"))
             elif rule:
@@ -352,7 +355,7 @@ class _Planner:
         return skipped
 
     def _leftovers(self, known: set[str]) -> None:
-        places = {key: place for place, keys in self.found.items() for key in keys}
+        places = {key: place for place, keys in self.routes.places.items() for key in keys}
         extras: dict[tuple[Place, str], list[str]] = defaultdict(list)
         for key in (key for key in self.stored if key not in self.claims and key not in known):
             place = places.get(key)
@@ -366,11 +369,11 @@ class _Planner:
 
     def _list_length(self, place: Place) -> int:
         """How many items the model's list at this place has; 0 if it has none there."""
-        taken = next((self.claims[key] for key in self.found[place] if key in self.claims), None)
+        taken = next((self.claims[key] for key in self.routes.places[place] if key in self.claims), None)
         return len(taken.sources[0]) if taken and place[0].merged > 0 else 0
 
     def _extra(self, place: Place, name: str, keys: Sequence[str]) -> list[Fault]:
-        ids = ranges(place[0].list_index(key) for key in self.found[place])
+        ids = ranges(place[0].list_index(key) for key in self.routes.places[place])
         detail = f"ids found: {ids}; the model holds 0-{self._list_length(place) - 1}"
         if len(keys) > NAMED_KEYS:
             return [Fault(name, "extra index", detail)]

@@ -48,6 +48,11 @@ class Shards:
                 self._descriptors[file] = self._stack.enter_context(opened(self._files[file]))
             return self._descriptors[file]
 
+    def check(self) -> None:
+        """Raises CheckpointError if a file that was read is not any more what it was when its header was read."""
+        for file, descriptor in self._descriptors.items():
+            _check_identity(self._files[file], descriptor)
+
     def read_into(self, info: TensorInfo, place: memoryview, start: int) -> None:
         """Fills `place` from byte `start` of a tensor on."""
         read_into(self.descriptor(info.file), place, info.offset + start, info.file)
@@ -58,12 +63,16 @@ def opened(shard: ShardFile) -> Iterator[int]:
     """A descriptor of the shard, once it is sure that it is the file that was planned."""
     descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
-        if (status.st_ino, status.st_mtime_ns) != shard.identity or status.st_size != shard.size:
-            raise changed(shard.path, "it is another file than when its header was read")
+        _check_identity(shard, descriptor)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _check_identity(shard: ShardFile, descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if (status.st_ino, status.st_mtime_ns) != shard.identity or status.st_size != shard.size:
+        raise changed(shard.path, "it is another file than when its header was read")
 
 
 def changed(path: Path, detail: str) -> CheckpointError:

@@ -8,6 +8,7 @@ import torch
 from moebius import CapacityError, CheckpointError, Interleave, MergeModulelist, Transpose, WeightConverter, checkpoint
 from moebius.checkpoint import loading, reading, staging
 from moebius.checkpoint.loading import check_room
+from moebius.checkpoint.reading import Shards
 from tests.checkpoint.folders import numbered, planned, targets, write
 
 STACK = WeightConverter("experts.*.w", "packed", [MergeModulelist(0)])
@@ -119,3 +120,13 @@ def test_what_does_not_fit_is_said_before_a_weight_is_read(tmp_path, monkeypatch
     monkeypatch.setattr(loading, "_free_bytes", lambda device: 1000)
     with pytest.raises(CapacityError, match="needs 1,048,592 bytes on cpu, 1,000 are free; no weight was read"):
         check_room(plan, torch.device("cpu"))
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_noticed(tmp_path):
+    write(tmp_path, {"w": torch.ones(3000)})
+    with Shards(checkpoint.open_files(tmp_path).shards) as shards:
+        shards.descriptor("model.safetensors")
+        shards.check()
+        os.truncate(tmp_path / "model.safetensors", 1000)
+        with pytest.raises(CheckpointError, match="it is another file than when its header was read"):
+            shards.check()
