@@ -2,10 +2,8 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,49 +11,35 @@ import torch
 from moebius import arguments, checkpoint, model_folder, placement
 from moebius.checkpoint import hub, reversing
 from moebius.checkpoint.collection import collection_paused
-from moebius.checkpoint.comparing import FLOATS
 from moebius.checkpoint.converter import Rule
 from moebius.checkpoint.device import PinnedSlots
-from moebius.checkpoint.files import CheckpointFiles, fault_error
 from moebius.checkpoint.loading import Progress, check_room, free_bytes
 from moebius.checkpoint.planning import Plan, Target
 from moebius.checkpoint.publishing import publish, unmerged
 from moebius.checkpoint.quantizing import Packing, quantized
 from moebius.checkpoint.reading import dtype_name, torch_dtype
 from moebius.config import DecoderConfig
-from moebius.errors import CheckpointError, Fault
 from moebius.generation.config import GenerationConfig
 from moebius.generation.engine import generate
 from moebius.layers.decoder import Decoder
-from moebius.layers.quantized import can_hold, hold
+from moebius.layers.quantized import hold
 from moebius.layers.quantizing import forms_for, segments_of
 from moebius.models import Family, family_of
 from moebius.models.counting import count_parameters
 from moebius.models.published_forms import write_stored_form
+from moebius.opening import (
+    LoadReport,
+    OpenedCheckpoint,
+    Stages,
+    refuse_more_than_stored,
+    stored_dtype,
+    stored_forms,
+)
 from moebius.quantization.config import QuantizationConfig
 from moebius.quantization.forms import Form
 
 NOTHING_HELD: Mapping[str, Form] = {}
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OpenedCheckpoint:
-    """A checkpoint whose headers are read and whose plan is made; no weight was read.
-
-    raw_config: config.json as it stands.  dtype: of the model that the plan fills.  held: the weights that the model
-    holds in a quantized form, that in which they are stored or the one they are brought to.
-    """
-
-    folder: Path
-    raw_config: Mapping[str, Any]
-    family: Family
-    config: DecoderConfig
-    dtype: str
-    files: CheckpointFiles
-    plan: Plan
-    held: Mapping[str, Form]
-    weight_conversions: tuple[Rule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,13 +54,14 @@ class _Save:
 class CausalLM(Decoder):
     """A Decoder that knows where it came from: it generates, and saves itself in the hub's layout.
 
-    source: the opened checkpoint it was loaded from, None for a model made from a config.
+    source: the opened checkpoint it was loaded from, load_report: how that went; None for a model made from a config.
     """
 
     def __init__(self, config: DecoderConfig, family: Family, *, experts_implementation: str = "auto"):
         super().__init__(config, experts_implementation=experts_implementation)
         self.family = family
         self.source: OpenedCheckpoint | None = None
+        self.load_report: LoadReport | None = None
         self.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id or None,
@@ -224,6 +209,7 @@ class AutoModelForCausalLM:
         download = arguments.check_options(options)
         wanted = arguments.device_map_of(device_map, options.get("max_memory"))
         how = arguments.load_options(loading, mapping)
+        stages = Stages()
         pinned = PinnedSlots() if any(map(placement.is_gpu, wanted.devices)) else None  # while the plan is made
         opened, model = _opened(
             name_or_path,
@@ -231,6 +217,7 @@ class AutoModelForCausalLM:
             weight_conversions=weight_conversions,
             quantization=arguments.quantization_of(quantization, quantization_config),
             experts_implementation=experts_implementation,
+            stages=stages,
             **download,
         )
         model.source = opened
@@ -240,12 +227,20 @@ class AutoModelForCausalLM:
             for kind in {torch.device(device).type for device in devices.values()}:
                 model.experts_backend(kind)  # refused here if it cannot run, before a weight is read
             check_room(opened.plan, devices)
-            loaded = checkpoint.load(
-                opened.plan, device=devices, progress=progress, check_tensors=check_tensors, options=how, pinned=pinned
-            )
+            with stages.timed("weights"):
+                loaded = checkpoint.load(
+                    opened.plan,
+                    device=devices,
+                    progress=progress,
+                    check_tensors=check_tensors,
+                    options=how,
+                    pinned=pinned,
+                )
             _fill(model, loaded)
         model.eval()
-        return (model, _loading_info(opened.plan)) if output_loading_info else model
+        model.load_report = LoadReport(opened.plan, stages.seconds)
+        logger.info("loaded %s: %s", opened.folder, model.load_report.timing())
+        return (model, model.load_report.as_transformers()) if output_loading_info else model
 
     @classmethod
     def from_config(
@@ -290,6 +285,7 @@ def open_checkpoint(
         weight_conversions=weight_conversions,
         quantization=quantization,
         experts_implementation="auto",
+        stages=Stages(),
         **download,
     )
     return opened
@@ -302,63 +298,37 @@ def _opened(
     weight_conversions: Sequence[Rule],
     quantization: QuantizationConfig | None,
     experts_implementation: str,
+    stages: Stages,
     **download: Any,
 ) -> tuple[OpenedCheckpoint, CausalLM]:
     """As open_checkpoint; with the model, without memory for its weights."""
     wanted = arguments.dtype_name_of(dtype)
     folder = hub.resolve(name_or_path, **download)
-    raw = model_folder.read_config(folder)
-    family = family_of(raw)
-    config = family.from_hf(raw)
-    files = checkpoint.open_files(folder)
-    _refuse_more_than_stored(config, files)
-    config = replace(config, dtype=wanted or config.dtype or _stored_dtype(files))
+    with stages.timed("files"):
+        raw = model_folder.read_config(folder)
+        family = family_of(raw)
+        config = family.from_hf(raw)
+        files = checkpoint.open_files(folder)
+        refuse_more_than_stored(config, files)
+        config = replace(config, dtype=wanted or config.dtype or stored_dtype(files))
 
     def planned(model: CausalLM, *, keep: bool) -> Plan:
         rules, form = family.rules(config), family.stored_form(raw)
         return checkpoint.plan(files, rules, _targets(model), weight_conversions, form=form, keep=keep)
 
-    model = _build(config, family, experts_implementation)
-    plan = planned(model, keep=False)
-    if held := forms_for(model, quantization) if quantization else {} if wanted else _held(plan, model):
-        model = _build(config, family, experts_implementation, held)
-        plan = quantized(plan, _packings(held)) if quantization else planned(model, keep=True)
+    with stages.timed("plan"):
+        model = _build(config, family, experts_implementation)
+        plan = planned(model, keep=False)
+        if held := forms_for(model, quantization) if quantization else {} if wanted else stored_forms(plan, model):
+            model = _build(config, family, experts_implementation, held)
+            plan = quantized(plan, _packings(held)) if quantization else planned(model, keep=True)
     conversions = tuple(weight_conversions)
     return OpenedCheckpoint(folder, raw, family, config, str(config.dtype), files, plan, held, conversions), model
-
-
-def _held(plan: Plan, model: CausalLM) -> Mapping[str, Form]:
-    """The weights that are stored quantized and stay so.  CheckpointError: some that a model can only hold plain."""
-    faults = [
-        Fault(name, "stored quantized", f"as {form.name}; the model can only hold it plain")
-        for name, form in plan.encoded.items()
-        if not can_hold(model, name)
-    ]
-    if faults:
-        message = f"{plan.files.folder}: not all quantized weights can stay so; no weight was read"
-        raise CheckpointError(message, faults=faults, advice='load it with dtype="bfloat16", which decodes all of them')
-    return plan.encoded
-
-
-def _refuse_more_than_stored(config: DecoderConfig, files: CheckpointFiles) -> None:
-    """Before a model of such a size is made: a plan names what is missing, but cannot be made of absurd sizes."""
-    asked, room = count_parameters(config).total, 64 * files.nbytes  # well beyond what a plan can list by name
-    if asked > room:
-        detail = f"it asks for {asked:,} parameters; {files.nbytes:,} bytes of weights are there"
-        raise fault_error(files.folder, [Fault(model_folder.CONFIG_FILE, "more than the files hold", detail)])
 
 
 def _reopened(opened: OpenedCheckpoint) -> OpenedCheckpoint:
     """The same folder after its files were written anew, for the next save."""
     return open_checkpoint(opened.folder, weight_conversions=opened.weight_conversions)
-
-
-def _stored_dtype(files: CheckpointFiles) -> str:
-    """The float that most of the files' bytes are in."""
-    nbytes: Counter[str] = Counter()
-    for info in files.tensors.values():
-        nbytes[info.dtype] += info.nbytes if info.dtype in FLOATS else 0
-    return max(FLOATS, key=lambda name: nbytes[name])
 
 
 def _packings(held: Mapping[str, Form]) -> dict[str, Packing]:
@@ -406,9 +376,3 @@ def _fill(model: CausalLM, tensors: Mapping[str, torch.Tensor]) -> None:
     aliases = {alias: tensors[target.name] for target in _targets(model) for alias in target.aliases}
     model.load_state_dict({**tensors, **aliases}, strict=True, assign=True)
     model.tie_weights()
-
-
-def _loading_info(plan: Plan) -> dict[str, Any]:
-    """transformers' shape of it; what could fill its sets was refused before."""
-    skipped = {info.name for info, _ in plan.skipped}
-    return {"missing_keys": set(), "unexpected_keys": skipped, "mismatched_keys": set(), "error_msgs": []}

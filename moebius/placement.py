@@ -219,3 +219,44 @@ def _evenly(parts: Mapping[str, int], rooms: Mapping[str, float]) -> dict[str, s
     least = bisect_left(range(total), True, key=lambda most: len(within(most)) == len(parts))
     found = within(least)
     return found if len(found) == len(parts) else {}
+
+
+# --- ranks of expert parallelism -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Bytes of one rank that holds its share of every layer's experts, and everything else."""
+
+    reads: int
+    holds: int
+
+
+def rank_shares(plan: Plan, ranks: int) -> list[RankShare]:
+    """Of `ranks` ranks, each with a run of E/ranks experts of each layer, the first ones with one more if E does not
+    divide.  ArgumentError: less than one rank.
+    """
+    if ranks < 1:
+        raise ArgumentError(f"ranks: expected 1 or more, found {ranks}")
+    reads = Counter[str]()
+    for way in (*plan.reads, *plan.decodes, *plan.packs):
+        elements = math.prod(way.info.shape)
+        for part in way.parts:
+            reads[part.name] += way.info.nbytes * math.prod(part.shape) // max(1, elements)
+    holds = {name: target.nbytes for name, target in plan.targets.items()}
+    rest = plan.bytes_to_read - sum(reads.values())  # second copies, which every rank compares
+    totals = ((_of_rank(plan, reads, rank, ranks), _of_rank(plan, holds, rank, ranks)) for rank in range(ranks))
+    return [RankShare(read + rest, held) for read, held in totals]
+
+
+def _of_rank(plan: Plan, nbytes: Mapping[str, int], rank: int, ranks: int) -> int:
+    total = 0
+    for name, count in nbytes.items():
+        experts = plan.targets[name].shape[0] if _holds_experts(name) else 0
+        mine = experts // ranks + (rank < experts % ranks)
+        total += count * mine // experts if experts else count
+    return total
+
+
+def _holds_experts(name: str) -> bool:
+    return name.rpartition(".")[0].endswith(".experts")

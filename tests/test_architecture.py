@@ -21,7 +21,7 @@ LEVELS = (
 )
 OPEN_TO_ALL = {"errors", "tokenizer"}
 # Parts of the front door, at its level.
-FRONT = {"arguments": "auto", "placement": "auto", "model_folder": "auto", "auto_tokenizer": "auto"}
+FRONT = {"arguments": "auto", "placement": "auto", "model_folder": "auto", "auto_tokenizer": "auto", "opening": "auto"}
 EXCEPTIONS = {"integrations": {"experts", "quantization", "config"}, "tokenizer": set(), "errors": set()}
 TORCH_FREE = {
     "config.py",

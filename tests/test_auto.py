@@ -128,6 +128,19 @@ def test_loading_info_has_transformers_shape(checkpoints):
     assert not model.training
 
 
+def test_the_report_accounts_for_every_tensor_and_the_time_of_each_stage(checkpoints):
+    _, folder = checkpoints("mixtral")
+    report = AutoModelForCausalLM.from_pretrained(folder).load_report
+    assert list(report.seconds) == ["files", "plan", "weights"]
+    assert all(seconds > 0 for seconds in report.seconds.values())
+    data = report.to_json()
+    assert sum(row["tensors"] for row in data["rows"]) + len(data["skipped"]) == len(report.plan.files.tensors)
+    assert "missing 0, unexpected 0" in str(report)
+    assert str(report).endswith("GB/s)")
+    unread = AutoModelForCausalLM.from_pretrained(folder, device_map="meta").load_report
+    assert unread.timing().endswith("no weight was read")
+
+
 def test_opening_reads_headers_only(checkpoints, monkeypatch):
     from moebius.checkpoint import loading
 

@@ -22,7 +22,7 @@ from moebius.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from moebius.auto import OpenedCheckpoint
+    from moebius.opening import OpenedCheckpoint
 
 Layout = Literal["per-expert", "packed"]
 LAYOUTS = {"per-expert": "published", "packed": "packed"}

@@ -11,11 +11,11 @@ from moebius.cli.options import Batch, Context, DtypeOption, Json, Keys, Model, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moebius.auto import OpenedCheckpoint
     from moebius.checkpoint.planning import Plan
     from moebius.cli.console import Console
     from moebius.cli.facts import ModelFacts
     from moebius.config import DecoderConfig
+    from moebius.opening import OpenedCheckpoint
 
 CheckTensors = Annotated[bool, typer.Option("--check-tensors", help="Read every weight too, and refuse NaN.")]
 

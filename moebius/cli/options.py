@@ -46,4 +46,8 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text
 
 Context = Annotated[int, typer.Option("--ctx", min=1, help="Tokens of context to reckon the KV cache for.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time to reckon the KV cache for.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option("--ranks", min=1, help="Also what each of so many expert-parallel ranks would read and hold."),
+]
 Keys = Annotated[bool, typer.Option("--keys", help="List every tensor too.")]

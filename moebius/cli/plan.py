@@ -1,5 +1,6 @@
 """`moebius plan`: what loading a model would do, before anything is read."""
 
+from itertools import count
 from typing import TYPE_CHECKING
 
 from moebius.cli.console import open_console, print_json, print_result
@@ -15,6 +16,7 @@ from moebius.cli.options import (
     Offline,
     Quantization,
     Quiet,
+    Ranks,
     Revision,
     Verbose,
 )
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from moebius.checkpoint.planning import Plan
     from moebius.errors import CapacityError
+    from moebius.placement import RankShare
 
 
 def plan(
@@ -36,6 +39,7 @@ def plan(
     experts_only: ExpertsOnly = False,
     modules_to_not_convert: ModulesToNotConvert = None,
     device: Device = "auto",
+    ranks: Ranks = None,
     offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -48,7 +52,7 @@ def plan(
     from moebius.checkpoint.loading import free_bytes, needed_bytes
     from moebius.cli.inspect import tensor_line, tensor_rows
     from moebius.cli.quantization import quantization_of
-    from moebius.placement import hf_device_map, place
+    from moebius.placement import hf_device_map, place, rank_shares
 
     opened = open_checkpoint(
         model,
@@ -61,15 +65,24 @@ def plan(
     needed, lack = needed_bytes(opened.plan, devices), shortage(opened.plan, devices)
     target = ", ".join(needed)
     tensors = tensor_rows(opened.plan) if keys else []
+    of_ranks = rank_shares(opened.plan, ranks) if ranks else []
     if json:
         report = opened.plan.to_json() | {"device": target, "fits": lack is None, "peak_bytes_of_devices": needed}
         report["device_map"] = hf_device_map(devices)
+        report["ranks"] = [{"reads": share.reads, "holds": share.holds} for share in of_ranks]
         print_json(report | ({"keys": tensors} if keys else {}))
     else:
         verdict = f"{'fits' if lack is None else 'does not fit'} on {target}"
-        print_result("\n".join([str(opened.plan), *map(tensor_line, tensors), *shares(opened.plan, devices), verdict]))
+        lines = [*map(tensor_line, tensors), *shares(opened.plan, devices), *map(rank_line, count(), of_ranks)]
+        print_result("\n".join([str(opened.plan), *lines, verdict]))
     if lack is not None:
         raise lack
+
+
+def rank_line(rank: int, share: "RankShare") -> str:
+    from moebius.checkpoint.describe import size
+
+    return f"rank {rank}: reads {size(share.reads)}, holds {size(share.holds)}"
 
 
 def shares(plan: "Plan", devices: "Mapping[str, str]") -> list[str]:

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from moebius.auto import OpenedCheckpoint
     from moebius.checkpoint.conversion import Conversion
+    from moebius.opening import OpenedCheckpoint
 
 Part = Literal["experts", "rest"]
 

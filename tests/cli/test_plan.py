@@ -23,3 +23,22 @@ def test_plan_shows_the_shares_of_devices(moebius, model, monkeypatch):
     report = json.loads(moebius("plan", model, "--device", "auto", "--json").out)
     assert report["device_map"]["model.layers.0"] == 1
     assert list(report["peak_bytes_of_devices"]) == ["cuda:0", "cuda:1", "cpu"]
+
+
+def test_plan_shows_what_each_rank_reads_and_holds(moebius, model):
+    plan = open_checkpoint(model).plan
+    ended = moebius("plan", model, "--ranks", "3")
+    assert [line[:8] for line in ended.out.splitlines() if line.startswith("rank")] == [
+        "rank 0: ",
+        "rank 1: ",
+        "rank 2: ",
+    ]
+    report = json.loads(moebius("plan", model, "--ranks", "3", "--json").out)["ranks"]
+    experts = sum(target.nbytes for name, target in plan.targets.items() if ".experts." in name)
+    dense = plan.target_bytes - experts
+    assert sum(rank["holds"] for rank in report) == experts + 3 * dense
+    assert report[0]["holds"] >= report[2]["holds"] > dense
+    assert [rank["reads"] for rank in report] == [rank["holds"] for rank in report]  # the same dtype on both sides
+    (alone,) = json.loads(moebius("plan", model, "--ranks", "1", "--json").out)["ranks"]
+    assert alone == {"reads": plan.bytes_to_read, "holds": plan.target_bytes}
+    assert moebius("plan", model, "--ranks", "0").code == 2
