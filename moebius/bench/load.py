@@ -21,9 +21,14 @@ WAYS: dict[str, tuple[str, dict[str, str]]] = {
     "moebius": ("moebius", {}),
     "moebius copied": ("moebius copied", {}),
     "moebius sync": ("moebius sync", {}),
+    "moebius int4": ("moebius int4", {}),
+    "moebius int4 after": ("moebius int4 after", {}),
     "transformers": ("transformers", {}),
     "transformers sync": ("transformers", SYNC),
 }
+
+
+PLAIN = [name for name in WAYS if "int4" not in name]
 
 
 def run(folder: Path, device: str, dtype: str, rounds: int, ways: Sequence[str], say: Callable[[str], None]) -> Any:

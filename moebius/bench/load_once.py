@@ -8,10 +8,16 @@ import json
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from moebius.layers.quantized import hold
+from moebius.layers.quantizing import forms_for, segments_of
+from moebius.quantization.config import QuantizationConfig
+from moebius.quantization.decoding import quantize
 
 
 class AnonymousPeak:
@@ -38,6 +44,15 @@ def _anonymous() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "copied": {"mapping": "never"},
+    "sync": {"mapping": "never", "loading": "sync"},
+    "int4": {"quantization": "int4"},
+    "int4 after": {"mapping": "never"},
+}
+
+
 def _open(way: str, folder: str, device: str, dtype: str) -> Any:
     # on the CPU both load without a device_map, for which transformers wants another library
     options: dict[str, Any] = {"dtype": dtype, **({} if device == "cpu" else {"device_map": device})}
@@ -45,15 +60,26 @@ def _open(way: str, folder: str, device: str, dtype: str) -> Any:
         from moebius.auto import AutoModelForCausalLM
 
         _, _, how = way.partition(" ")
-        kinds = {"": {}, "copied": {"mapping": "never"}, "sync": {"mapping": "never", "loading": "sync"}}
-        return lambda: AutoModelForCausalLM.from_pretrained(folder, **options, **kinds[how])
+        load = partial(AutoModelForCausalLM.from_pretrained, folder, **options, **OPTIONS[how])
+        return (lambda: _quantized(load())) if how == "int4 after" else load
     from transformers import AutoModelForCausalLM as Peer
 
-    return lambda: Peer.from_pretrained(folder, **options)
+    return partial(Peer.from_pretrained, folder, **options)
+
+
+def _quantized(model: Any) -> Any:
+    """Of a loaded model, weight by weight, each as a whole: what the stream spares."""
+    config = QuantizationConfig(form="int4")
+    for name, form in forms_for(model, config).items():
+        values, scales = quantize(form, model.get_parameter(name).detach(), segments_of(name))
+        hold(model, {name: form})
+        model.get_parameter(name).data.copy_(values)
+        model.get_parameter(f"{name}_scale").data.copy_(scales)
+    return model
 
 
 def measure(way: str, folder: str, device: str, dtype: str) -> dict[str, Any]:
-    """way: "moebius", "moebius copied", "moebius sync", "transformers" (its switch is an environment variable)."""
+    """way: "transformers" (its switch is an environment variable), or "moebius" and a name in OPTIONS."""
     load, cuda = _open(way, folder, device, dtype), device != "cpu"
     if cuda:
         torch.zeros(1, device=device)

@@ -43,7 +43,7 @@ def load(
         place = folder or Path(temporary) / "model"
         if folder is None:
             write_checkpoint(place, {**QWEN3_30B_A3B, "num_hidden_layers": layers})
-        report = suite.run(place, device, dtype, rounds, way or list(suite.WAYS), console.note)
+        report = suite.run(place, device, dtype, rounds, way or suite.PLAIN, console.note)
     if out:
         write_report(report, out)
     if json:
