@@ -11,6 +11,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test lint types
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -43,7 +44,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plots,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plots,test,kernels]"
 	@touch $@
 
 # Runs in the Python that has the card's torch: make test-gpu GPU_PYTHON=python3

@@ -325,7 +325,7 @@ def _unfit_name(name: str) -> str:
 def _counts(values: Any) -> bool:
     if not isinstance(values, list) or not {*map(type, values)} <= {int}:  # headers have many: no Python loop
         return False
-    return 0 <= min(values, default=0) and max(values, default=0) < MAX_COUNT
+    return min(values, default=0) >= 0 and max(values, default=0) < MAX_COUNT
 
 
 def _check_extents(file: str, infos: list[TensorInfo], data_start: int, size: int, faults: list[Fault]) -> None:

@@ -58,9 +58,12 @@ def experts_backends() -> dict[str, str]:
 
 
 def _verdict(name: str, device_type: str, dtype: "torch.dtype") -> str:
+    import torch
+
     from moebius.experts.select import Situation, backend_obstacles
 
-    obstacles = backend_obstacles(name, Situation(device_type, dtype, hidden_size=1024, intermediate_size=1024))
+    capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
+    obstacles = backend_obstacles(name, Situation(device_type, dtype, 1024, 1024, capability=capability))
     return "; ".join(obstacles) or CAN_RUN
 
 

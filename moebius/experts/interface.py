@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from moebius.config import SparseMoe
 from moebius.errors import ArgumentError, BackendError, Fault
 from moebius.experts.batched_mm import batched_mm_experts
-from moebius.experts.contract import SEGMENTS, ExpertsFunction
+from moebius.experts.contract import SEGMENTS, ExpertsFunction, ExpertWeights
+from moebius.experts.cpu import cpu_experts
 from moebius.experts.eager import eager_experts
 from moebius.experts.grouped_mm import grouped_mm_experts
 from moebius.experts.select import Choice, Situation, backend_obstacles, select_backend
@@ -64,8 +65,21 @@ class ExpertsInterface(Mapping[str, ExpertsFunction]):
         return len(self._functions)
 
 
+def _fused_experts(experts: ExpertWeights, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """See `fused.launch.fused_experts`; Triton is imported when it is first run."""
+    from moebius.experts.fused.launch import fused_experts
+
+    return fused_experts(experts, hidden_states, top_k_index, top_k_weights)
+
+
 ALL_EXPERTS_FUNCTIONS = ExpertsInterface(
-    {"eager": eager_experts, "batched_mm": batched_mm_experts, "grouped_mm": grouped_mm_experts}
+    {
+        "eager": eager_experts,
+        "batched_mm": batched_mm_experts,
+        "grouped_mm": grouped_mm_experts,
+        "fused": _fused_experts,
+        "cpu": cpu_experts,
+    }
 )
 
 
@@ -79,7 +93,9 @@ def use_experts_implementation(experts_class: ModuleClass) -> ModuleClass:
 
     @functools.wraps(own_forward)
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        name = _runnable(self.experts_implementation, _situation(self, hidden_states.device.type, hidden_states.dtype))
+        needs_grad = torch.is_grad_enabled() and _any_gradient(self, hidden_states, top_k_weights)
+        situation = _situation(self, hidden_states.device, hidden_states.dtype, needs_grad)
+        name = _choice(self.experts_implementation, situation).name
         run = own_forward if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
         # under autocast the states may be narrower than the weights, and grouped products take one dtype
         states = hidden_states.to(_compute_dtype(self, hidden_states.dtype))
@@ -118,13 +134,14 @@ class Experts(FixedDtypes):
     def set_experts_implementation(self, name: str) -> None:
         """Take another backend from now on.  BackendError: unknown name."""
         self.experts_implementation = ALL_EXPERTS_FUNCTIONS.check(name)
+        cpu_experts.release(self)
 
-    def backend(self, device_type: str, dtype: torch.dtype) -> str:
-        """What runs on states of this dtype there: the backend that was named, or the one that "auto" chooses.
+    def choice(self, device: str | torch.device, dtype: torch.dtype, *, needs_grad: bool = False) -> Choice:
+        """What runs on states of this dtype there, and why: the backend that was named, or what "auto" chooses.
 
-        BackendError: the named one cannot.
+        needs_grad: a backward will follow.  BackendError: the named one cannot.
         """
-        return _runnable(self.experts_implementation, _situation(self, device_type, dtype))
+        return _choice(self.experts_implementation, _situation(self, torch.device(device), dtype, needs_grad))
 
     def hold(self, projection: str, form: Form) -> None:
         """Make room for a projection in a quantized form: its values, and its scales as `<projection>_scale`, neither
@@ -145,11 +162,24 @@ class Experts(FixedDtypes):
         return {"gate_up_proj": self.gate_up_proj_form, "down_proj": self.down_proj_form}[projection]
 
 
-def _situation(experts: Experts, device_type: str, states: torch.dtype) -> Situation:
+def _any_gradient(experts: Experts, *inputs: Tensor) -> bool:
+    weights = experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_bias, experts.down_proj_bias
+    return any(tensor is not None and tensor.requires_grad for tensor in (*inputs, *weights))
+
+
+def _situation(experts: Experts, device: torch.device, states: torch.dtype, needs_grad: bool) -> Situation:
     down_form, values = experts.down_proj_form, experts.down_proj.shape
     _, hidden_size, intermediate_size = values if down_form is None else down_form.weight_shape(values)
     forms = {form.name: None for form in (experts.gate_up_proj_form, down_form) if form is not None}
-    return Situation(device_type, _compute_dtype(experts, states), hidden_size, intermediate_size, tuple(forms))
+    return Situation(
+        device.type,
+        _compute_dtype(experts, states),
+        hidden_size,
+        intermediate_size,
+        tuple(forms),
+        torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        needs_grad,
+    )
 
 
 def _compute_dtype(experts: Experts, states: torch.dtype) -> torch.dtype:
@@ -160,10 +190,10 @@ def _compute_dtype(experts: Experts, states: torch.dtype) -> torch.dtype:
     return plain[0].dtype if plain else states
 
 
-def _runnable(name: str, situation: Situation) -> str:
+def _choice(name: str, situation: Situation) -> Choice:
     """The backend to run: `name` itself if it can run here, or what "auto" chooses."""
     if name == AUTO:
-        return _chosen(situation).name
+        return _chosen(situation)
     obstacles = backend_obstacles(name, situation)
     if obstacles:
         raise BackendError(
@@ -171,12 +201,12 @@ def _runnable(name: str, situation: Situation) -> str:
             faults=[Fault(name, "cannot run", obstacle) for obstacle in obstacles],
             advice=f'take "{AUTO}"' + (', or dtype="bfloat16", which decodes the weights' if situation.forms else ""),
         )
-    return name
+    return Choice(name, "it was named")
 
 
 @functools.cache
 def _chosen(situation: Situation) -> Choice:
     """`select_backend`, logged the first time that a situation is met."""
     choice = select_backend(situation)
-    logger.info("experts: %s, as %s", *choice)
+    logger.info("experts: %s, %s", *choice)
     return choice

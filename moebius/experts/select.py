@@ -1,5 +1,9 @@
 """Which backend runs: what "auto" means, and why a named one cannot serve.  Pure functions of a Situation.
 
+The order of preference is measured (benchmarks/README.md, "Experts"): on CUDA the fused kernels are ahead of grouped_mm
+at every number of tokens, forward and backward.  On a CPU the packed products of "cpu" are ahead without a gradient,
+but hold plain weights twice, so "auto" takes them for quantized ones alone, which eager would decode at every call.
+
 H hidden, I intermediate.
 """
 
@@ -7,6 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from moebius.experts.cpu import cpu_obstacles
+from moebius.experts.fused.obstacles import fused_obstacles
 
 GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNMENT = 16  # bytes: F.grouped_mm refuses other row strides on CUDA
@@ -16,7 +23,8 @@ ALIGNMENT = 16  # bytes: F.grouped_mm refuses other row strides on CUDA
 class Situation:
     """What a choice depends on.
 
-    dtype: of the weights, decoded.  forms: names of the quantized forms that weights are held in.
+    dtype: of the weights, decoded.  forms: names of the quantized forms that weights are held in.  capability: of the
+    CUDA device, as (9, 0).  needs_grad: a backward will follow.
     """
 
     device_type: str
@@ -24,6 +32,8 @@ class Situation:
     hidden_size: int
     intermediate_size: int
     forms: tuple[str, ...] = ()
+    capability: tuple[int, int] | None = None
+    needs_grad: bool = False
 
 
 class Choice(NamedTuple):
@@ -32,16 +42,38 @@ class Choice(NamedTuple):
 
 
 def select_backend(situation: Situation) -> Choice:
-    """What "auto" runs here."""
-    obstacles = backend_obstacles("grouped_mm", situation)
-    if obstacles:
-        return Choice("eager", "grouped_mm cannot run: " + "; ".join(obstacles))
-    return Choice("grouped_mm", f"it runs on {situation.device_type} in {situation.dtype}")
+    """What "auto" runs here: the first that can."""
+    refused = []
+    for name in _preferred(situation):
+        obstacles = backend_obstacles(name, situation)
+        if not obstacles:
+            where = f"the fastest that runs on {situation.device_type} in {_held_as(situation)}"
+            return Choice(name, "; ".join([where, *refused]))
+        refused.append(f"{name} cannot run: {', '.join(obstacles)}")
+    return Choice("eager", "; ".join(["it runs everywhere", *refused]))
+
+
+def _preferred(situation: Situation) -> tuple[str, ...]:
+    match situation.device_type:
+        case "cuda":
+            return ("fused", "grouped_mm")
+        case "cpu":
+            return ("cpu",) if situation.forms else ("grouped_mm",)
+        case _:
+            return ("grouped_mm",)
+
+
+def _held_as(situation: Situation) -> str:
+    return " + ".join(situation.forms) or str(situation.dtype).removeprefix("torch.")
 
 
 def backend_obstacles(name: str, situation: Situation) -> list[str]:
     """Every reason why the backend of this name cannot run here; none for a user's backend, which judges itself."""
     match name:
+        case "fused":
+            return fused_obstacles(situation.device_type, situation.capability, situation.dtype, situation.forms)
+        case "cpu":
+            return cpu_obstacles(situation.device_type, situation.dtype, situation.needs_grad)
         case "grouped_mm":
             return [*_form_obstacles(situation), *_grouped_mm_obstacles(situation)]
         case "batched_mm":

@@ -23,6 +23,7 @@ from moebius.config import (
 )
 from moebius.errors import ArgumentError, Fault
 from moebius.experts.interface import AUTO, Experts
+from moebius.experts.select import Choice
 from moebius.layers.attention import Cache, GroupedQueryAttentionLayer, LayerCache
 from moebius.layers.latent_attention import LatentAttentionLayer
 from moebius.layers.masks import causal_masks
@@ -249,8 +250,20 @@ class Decoder(nn.Module):
         BackendError: the one that was named cannot.
         """
         dtype = self.model.embed_tokens.weight.dtype
-        names = [module.backend(device_type, dtype) for module in self.modules() if isinstance(module, Experts)]
+        names = [module.choice(device_type, dtype).name for module in self.modules() if isinstance(module, Experts)]
         return names[0] if names else None
+
+    def experts_report(self, *, training: bool = False) -> dict[str, Choice]:
+        """What runs the routed experts of each layer where it is now, and why: {module's name: (backend, reason)}.
+
+        training: with a backward to follow.  BackendError: the one that was named cannot.
+        """
+        dtype = self.model.embed_tokens.weight.dtype
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, Experts)}
+        return {
+            name: experts.choice(experts.gate_up_proj.device, dtype, needs_grad=training)
+            for name, experts in layers.items()
+        }
 
     def set_experts_implementation(self, name: str) -> None:
         """Run all routed experts by this backend from now on.  BackendError: unknown name."""

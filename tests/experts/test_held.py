@@ -89,6 +89,7 @@ def test_only_experts_that_were_hit_are_decoded_one_projection_at_a_time(monkeyp
 
     monkeypatch.setattr(held, "dequantize", counting)
     states, _, weights = inputs(3)
+    packed.set_experts_implementation("eager")
     packed(states, torch.tensor([[0, 4], [4, 0], [0, 4]]), weights)
     assert decoded == [(2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)] * 2
 
@@ -114,14 +115,16 @@ def test_a_backend_that_takes_plain_weights_says_so_when_it_is_named(name):
         packed(*inputs())
 
 
-def test_auto_takes_eager_and_says_why(caplog):
+@pytest.mark.parametrize(("needs_grad", "name"), [(True, "eager"), (False, "cpu")])
+def test_auto_says_what_it_takes_and_why(caplog, needs_grad, name):
     _, packed = plain_and_held(PackedInt4())
     interface._chosen.cache_clear()
+    states, index, weights = inputs()
     with caplog.at_level(logging.INFO, "moebius.experts"):
-        packed(*inputs())
+        packed(states.requires_grad_(needs_grad), index, weights)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("experts: eager")
-    assert "weights held as int4_pack" in message
+    assert message.startswith(f"experts: {name}, ")
+    assert ("cpu cannot run: gradients" if needs_grad else "runs on cpu in int4_pack") in message
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)

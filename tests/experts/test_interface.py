@@ -32,7 +32,7 @@ def mine():
 
 
 def test_the_built_in_backends_are_listed():
-    assert set(ALL_EXPERTS_FUNCTIONS) == {"eager", "batched_mm", "grouped_mm"}
+    assert set(ALL_EXPERTS_FUNCTIONS) == {"eager", "batched_mm", "grouped_mm", "fused", "cpu"}
 
 
 def test_a_users_backend_works_at_construction(mine):
@@ -55,7 +55,7 @@ def test_an_unknown_backend_is_refused_with_the_nearest_name_first():
     with pytest.raises(BackendError, match=r"'grouped_nm'; known: grouped_mm, "):
         Experts(CONFIG, 16, experts_implementation="grouped_nm")
     with pytest.raises(BackendError, match="register"):
-        filled(Experts(CONFIG, 16)).set_experts_implementation("fused")
+        filled(Experts(CONFIG, 16)).set_experts_implementation("fusd")
 
 
 @pytest.mark.parametrize("name", ["auto", "eager"])

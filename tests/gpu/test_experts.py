@@ -1,4 +1,4 @@
-"""On a CUDA device: grouped_mm and batched_mm give what eager gives there, without waiting for the device."""
+"""On a CUDA device: grouped_mm, batched_mm and fused give what eager gives there, without waiting for the device."""
 
 import pytest
 import torch
@@ -37,17 +37,18 @@ def test_float32_equals_eager(name):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_is_as_near_to_float32_as_eager():
+@pytest.mark.parametrize("name", ["grouped_mm", "fused"])
+def test_bfloat16_is_as_near_to_float32_as_eager(name):
     """Without biases: a grouped product is rounded before its bias is added, a linear layer's after."""
     experts, (states, index, weights) = make(torch.bfloat16, bias=False)
-    judge, found = (run(name, experts, states, index, weights) for name in ("eager", "grouped_mm"))
+    judge, found = (run(each, experts, states, index, weights) for each in ("eager", name))
     exact = run("eager", experts.float(), states.float(), index, weights)
     for ours, eager, value in zip(found, judge, exact, strict=True):
         assert (ours - value).norm() <= 1.1 * (eager - value).norm() + 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("name", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["batched_mm", "grouped_mm", "fused"])
 def test_the_device_is_never_waited_for_and_bits_repeat(name):
     experts, inputs = make(torch.bfloat16)
     first = run(name, experts, *inputs)

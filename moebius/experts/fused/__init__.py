@@ -1,0 +1,1 @@
+"""Our Triton kernels: rows sorted by expert, products over tiles of one expert, no atomics.  Imports triton."""

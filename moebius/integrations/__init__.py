@@ -1,0 +1,1 @@
+"""Moebius inside other libraries' models."""
