@@ -47,7 +47,7 @@ def select_backend(situation: Situation) -> Choice:
     for name in _preferred(situation):
         obstacles = backend_obstacles(name, situation)
         if not obstacles:
-            where = f"the fastest that runs on {situation.device_type} in {_held_as(situation)}"
+            where = f"the first choice that runs on {situation.device_type} in {_held_as(situation)}"
             return Choice(name, "; ".join([where, *refused]))
         refused.append(f"{name} cannot run: {', '.join(obstacles)}")
     return Choice("eager", "; ".join(["it runs everywhere", *refused]))
