@@ -141,6 +141,18 @@ def test_the_report_accounts_for_every_tensor_and_the_time_of_each_stage(checkpo
     assert unread.timing().endswith("no weight was read")
 
 
+def test_the_experts_report_names_what_runs_each_layer_and_why(checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("mixtral")[1])
+    report = model.experts_report()
+    assert list(report) == [f"model.layers.{at}.mlp.experts" for at in range(len(model.model.layers))]
+    assert {choice.name for choice in report.values()} == {"grouped_mm"}
+    assert all("cpu in float32" in choice.reason for choice in report.values())
+    model.set_experts_implementation("cpu")
+    assert {tuple(choice) for choice in model.experts_report().values()} == {("cpu", "it was named")}
+    with pytest.raises(BackendError, match="gradients"):
+        model.experts_report(training=True)
+
+
 def test_opening_reads_headers_only(checkpoints, monkeypatch):
     from moebius.checkpoint import loading
 

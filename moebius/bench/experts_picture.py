@@ -1,7 +1,5 @@
-"""The experts' report as files: JSON, and a roofline picture."""
+"""The experts' report as a roofline picture."""
 
-import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +7,11 @@ MARKERS = "osD^vPX*<>dph8"
 COLORS = [f"C{number}" for number in range(10) if number != 7]  # which is gray
 
 
-def write_experts_report(report: dict[str, Any], path: Path) -> None:
-    """path.json with everything; path.png with each shape's forward passes under the roof that this machine measured,
-    if matplotlib is installed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    drawn = [row for row in report["rows"] if "reason" not in row and row["passes"] == "forward"]
-    if drawn and find_spec("matplotlib"):
-        _picture(report, drawn, path.with_suffix(".png"))
-
-
-def _picture(report: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
+def draw_roofline(report: dict[str, Any], path: Path) -> None:
+    """Each shape's forward passes under the roof that this machine measured; no picture where nothing was measured."""
+    rows = [row for row in report["rows"] if "reason" not in row and row["passes"] == "forward"]
+    if not rows:
+        return
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))

@@ -65,8 +65,7 @@ def _tall_down(block_m: int) -> list[TileConfig]:
     flat = [TileConfig(block_m, 256, 64, 8, stages, schedule="flat") for stages in (3, 4)]
     narrow = [TileConfig(block_m, 128, 64, 4, stages) for stages in (3, 4)]
     busy = TileConfig(block_m, 128, 64, 4, 3, schedule="flat", programs=2)
-    special = [TileConfig(block_m, 128, 64, 4, 3, schedule="specialized", programs=count) for count in (1, 2)]
-    return [*wide, *flat, *narrow, busy, *special]
+    return [*wide, *flat, *narrow, busy]
 
 
 def tuned(shapes: Sequence[str], tokens: Sequence[int], dtype: torch.dtype, say: Callable[[str], None]) -> list[Any]:

@@ -1,20 +1,22 @@
-"""Reports as files: JSON, and a picture of the medians beside it."""
+"""Reports as files: JSON, and a picture beside it."""
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """path.json with everything; path.png with bars of gigabytes a second, if matplotlib is installed."""
+def write_report(report: dict[str, Any], path: Path, draw: Callable[[dict[str, Any], Path], None]) -> None:
+    """path.json with everything; path.png as `draw` draws it, if matplotlib is installed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     if find_spec("matplotlib"):
-        _picture(report, path.with_suffix(".png"))
+        draw(report, path.with_suffix(".png"))
 
 
-def _picture(report: dict[str, Any], path: Path) -> None:
+def draw_speeds(report: dict[str, Any], path: Path) -> None:
+    """Of `moebius bench load`: a bar of gigabytes a second for each way."""
     from matplotlib.figure import Figure
 
     ways = report["ways"]

@@ -58,7 +58,7 @@ def load(
 
     from moebius.bench import load as suite
     from moebius.bench.checkpoints import QWEN3_30B_A3B, write_checkpoint
-    from moebius.bench.reports import write_report
+    from moebius.bench.reports import draw_speeds, write_report
 
     with tempfile.TemporaryDirectory(prefix="moebius-bench-") as temporary:
         place = folder or Path(temporary) / "model"
@@ -66,7 +66,7 @@ def load(
             write_checkpoint(place, {**QWEN3_30B_A3B, "num_hidden_layers": layers})
         report = suite.run(place, device, dtype, rounds, way or suite.PLAIN, console.note)
     if out:
-        write_report(report, out)
+        write_report(report, out, draw_speeds)
     if json:
         print_json(report)
     else:
@@ -102,9 +102,10 @@ def experts(
         return
     report = suite.run_model(request, _command()) if model else suite.run(request, console.note, _command())
     if out:
-        from moebius.bench.experts_picture import write_experts_report
+        from moebius.bench.experts_picture import draw_roofline
+        from moebius.bench.reports import write_report
 
-        write_experts_report(report, out)
+        write_report(report, out, draw_roofline)
     if json:
         print_json(report)
     else:

@@ -12,10 +12,11 @@ from moebius.bench import experts, experts_model
 from moebius.bench.experts_cases import SHAPES, Shape, Weights, distinct_experts, make_inputs, shape_of
 from moebius.bench.experts_clocks import CpuClock
 from moebius.bench.experts_compiling import in_parallel
-from moebius.bench.experts_picture import write_experts_report
+from moebius.bench.experts_picture import draw_roofline
 from moebius.bench.experts_points import Runner, figures_of, make_point, measured
 from moebius.bench.experts_tiles import DOWN, GATE_UP, candidates, entry_of, heights, write_table
 from moebius.bench.experts_ways import FORWARD, TRAINING, Way, chosen_ways, known_ways
+from moebius.bench.reports import write_report
 from moebius.cli.bench import bench
 from moebius.experts.fused.tuning import ForwardTiles, tiles_of
 from moebius.experts.interface import ALL_EXPERTS_FUNCTIONS
@@ -141,7 +142,7 @@ def test_a_report_says_what_ran_and_where_and_is_written_with_a_picture(tmp_path
         (tokens, way) for tokens in (2, 4) for way in ("moebius eager", "moebius fused")
     ]
     assert "moebius fused            - device cpu" in experts.table(report)
-    write_experts_report(report, tmp_path / "folder" / "report")
+    write_report(report, tmp_path / "folder" / "report", draw_roofline)
     assert json.loads((tmp_path / "folder" / "report.json").read_text()) == report
     assert (tmp_path / "folder" / "report.png").read_bytes().startswith(b"\x89PNG")
 

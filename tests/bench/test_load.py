@@ -8,7 +8,7 @@ from safetensors import safe_open
 from moebius import ArgumentError, AutoModelForCausalLM
 from moebius.bench import load
 from moebius.bench.checkpoints import write_checkpoint
-from moebius.bench.reports import write_report
+from moebius.bench.reports import draw_speeds, write_report
 from tests.families import tiny_config
 from tests.model_folders import ids_for, logits, open_in_transformers
 
@@ -42,7 +42,7 @@ def test_every_way_loads_the_same_weights_and_is_reported(folder, tmp_path):
     assert len({checksums[name] for name in load.PLAIN}) == 1
     assert checksums["moebius int4"] == checksums["moebius int4 after"] != checksums["moebius"]
     assert all(name in load.table(report) for name in load.WAYS)
-    write_report(report, tmp_path / "report")
+    write_report(report, tmp_path / "report", draw_speeds)
     assert json.loads((tmp_path / "report.json").read_text())["ways"] == report["ways"]
 
 

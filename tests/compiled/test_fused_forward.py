@@ -56,8 +56,7 @@ def down(config, hidden_size, width, *, capability=90, tma=True) -> Machine:
         types["a"] = f"tensordesc<bf16[{config.block_m},{config.block_k}]>"
         types["weight"] = f"tensordesc<bf16[1,1,{config.block_n},{config.block_k}]>"
     constants = {"bias": None, "H": hidden_size, "I": width, "HAS_BIAS": False, "X_TMA": tma, "W_TMA": tma}
-    schedule = {"FLAT": config.schedule == "flat", "SPECIALIZED": config.schedule == "specialized"}
-    constants |= {**schedule, "OVERLAP": tma, **blocks(config)}
+    constants |= {"FLAT": config.schedule == "flat", "OVERLAP": tma, **blocks(config)}
     kernel = forward_kernels.down_kernel
     return compiled(kernel, types, constants, warps=config.warps, stages=config.stages, capability=capability)
 
@@ -80,7 +79,6 @@ def test_down_on_hopper(tile):
     machine = down(*tile)
     assert "HGMMA" in machine.sass
     assert "UTMALDG" in machine.sass
-    assert ("USETMAXREG" in machine.sass) == (tile[0].schedule == "specialized")
     assert machine.spills == 0
     assert machine.shared <= SHARED_LIMIT[90]
 

@@ -69,8 +69,7 @@ def down(a: Tensor, down_proj: Tensor, bias: Tensor | None, routing: Routing, co
     down_kernel[(programs(config, a.device, routing.max_tiles * math.ceil(hidden_size / config.block_n)),)](
         rows, weight, bias, y, *routing.tiles, H=hidden_size, I=width, HAS_BIAS=bias is not None,
         W_TMA=by_tma[0], X_TMA=by_tma[1], FLAT=config.schedule == "flat" and all(by_tma),
-        SPECIALIZED=config.schedule == "specialized" and all(by_tma), SWAPPED=config.swapped,
-        **blocks(config), **overlapping(a.device, routing),
+        SWAPPED=config.swapped, **blocks(config), **overlapping(a.device, routing),
     )  # fmt: skip
     return y
 

@@ -193,17 +193,16 @@ def down_kernel(
     a, weight, bias, y, offsets, tile_expert, tile_row, num_tiles,
     H: tl.constexpr, I: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAPPED: tl.constexpr,
-    X_TMA: tl.constexpr, W_TMA: tl.constexpr, FLAT: tl.constexpr, SPECIALIZED: tl.constexpr, OVERLAP: tl.constexpr,
+    X_TMA: tl.constexpr, W_TMA: tl.constexpr, FLAT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """y [S, H] = a W2^T + b2, both in the sorted order.
 
-    FLAT: the loads of a program's next item begin under the stores of this one.  SPECIALIZED: one warp does nothing but
-    load; needs both operands by TMA, and 4 warps.
+    FLAT: the loads of a program's next item begin under the stores of this one.
     """
     await_previous(OVERLAP)
     columns: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     items = tl.load(num_tiles) * columns
-    for work in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIALIZED):  # pyright: ignore
+    for work in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLAT):  # pyright: ignore
         expert, row, end, column = located(work, tile_expert, tile_row, offsets, columns, BLOCK_M, GROUP_M)
         rows = row + tl.arange(0, BLOCK_M)
         mine = rows < end

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
-Schedule = Literal["tile", "flat", "specialized"]
-"""tile: a program a work item.  flat: few programs take items in turn, loading the next under the stores of the last.
-specialized: the same, and one warp only loads (4 warps, aligned operands).
-"""
+Schedule = Literal["tile", "flat"]
+"""tile: a program a work item.  flat: few programs take items in turn, loading the next while storing."""
 
 
 @dataclass(frozen=True)
