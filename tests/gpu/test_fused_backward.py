@@ -140,26 +140,31 @@ def test_recompute_keeps_less():
 
 
 class Block(torch.nn.Module):
-    def __init__(self, experts):
+    def __init__(self, experts, function):
         super().__init__()
         self.experts = experts
+        self.function = function
         self.scale = torch.nn.Parameter(torch.ones((), device="cuda"))
 
     def forward(self, states, index, weights):
-        return torch.tanh(fused_experts(self.experts, states * self.scale.to(states.dtype), index, weights))
+        return torch.tanh(self.function(self.experts, states * self.scale.to(states.dtype), index, weights))
 
 
-def test_under_torch_compile_a_module_gives_the_same():
+def test_under_torch_compile_a_module_is_as_near_to_float32_as_in_steps():
+    """Not equal: the compiler keeps in float32 what the steps around the experts round to bfloat16."""
     experts, (states, index, weights) = make(bias=True)
     states, index, weights = states[8:], index[8:], weights[8:]
-    block = Block(experts)
+    block = Block(experts, fused_experts)
     compiled = torch.compile(block, fullgraph=True)
-    found, expected = (
-        run(lambda _, *given, module=module: module(*given), experts, states, index, weights)
-        for module in (compiled, block)
-    )
-    for what, value in expected.items():
-        torch.testing.assert_close(found[what], value, rtol=2e-2, atol=2e-2)
+    found, judge = (run_block(module, states, index, weights) for module in (compiled, block))
+    exact = run_block(Block(experts.float(), eager_experts), states.float(), index, weights)
+    for what, value in exact.items():
+        ours, theirs = (found[what] - value).norm(), (judge[what] - value).norm()
+        assert ours <= 1.1 * theirs + 1e-6, f"{what}: {ours:.3g}, in steps {theirs:.3g}, of {value.norm():.3g}"
+
+
+def run_block(block, states, index, weights) -> dict[str, torch.Tensor]:
+    return run(lambda _, *given: block(*given), block.experts, states, index, weights)
 
 
 def test_a_cuda_graph_of_forward_and_backward_replays_with_other_routing():
