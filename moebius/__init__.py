@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SplitModulelist,
         Transpose,
     )
+    from moebius.distributed.config import DistributedConfig
     from moebius.errors import (
         ArgumentError,
         BackendError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         ConfigError,
         InputError,
         MoebiusError,
+        RankError,
         SaveError,
         TokenizerError,
     )
@@ -46,6 +48,7 @@ _HOMES = {
         "SplitModulelist",
         "Transpose",
     ),
+    "moebius.distributed.config": ("DistributedConfig",),
     "moebius.errors": (
         "ArgumentError",
         "BackendError",
@@ -54,6 +57,7 @@ _HOMES = {
         "ConfigError",
         "InputError",
         "MoebiusError",
+        "RankError",
         "SaveError",
         "TokenizerError",
     ),
@@ -75,12 +79,14 @@ __all__ = [
     "Chunk",
     "Concatenate",
     "ConfigError",
+    "DistributedConfig",
     "GenerationConfig",
     "InputError",
     "Interleave",
     "MergeModulelist",
     "MoebiusError",
     "PrefixRenaming",
+    "RankError",
     "SaveError",
     "SplitModulelist",
     "TextIteratorStreamer",

@@ -90,5 +90,11 @@ class CapacityError(MoebiusError):
     exit_code = 4
 
 
+class RankError(MoebiusError):
+    """Another rank failed, went away, or did not answer in time; this one cannot go on alone."""
+
+    exit_code = 5
+
+
 class SaveError(MoebiusError):
     """A save could not be finished; what stood at its destination is still there."""

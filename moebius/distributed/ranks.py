@@ -1,0 +1,164 @@
+"""The processes of one job: who this one is, and how they agree.
+
+What concerns the host (errors, counts, ids) goes through a gloo group of its own, which a GPU's stream never holds up.
+"""
+
+import atexit
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moebius import errors
+from moebius.distributed.config import DistributedConfig, Grid
+from moebius.errors import ArgumentError, Fault, MoebiusError, RankError
+
+AXES = ("replicate", "efsdp", "ep")
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among the others.
+
+    rank, size: in the whole job.  device: this process's.  grid: how the ranks are used.  mesh: the same as torch's
+    DeviceMesh, with the axes of AXES.  host: a gloo group of all ranks.
+    """
+
+    def __init__(self, device: torch.device, grid: Grid, mesh: DeviceMesh, host: dist.ProcessGroup, seconds: float):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device, self.grid, self.mesh, self.host = device, grid, mesh, host
+        self._seconds = seconds
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that speaks for all."""
+        return self.rank == 0
+
+    @property
+    def experts(self) -> dist.ProcessGroup:
+        """The ranks that share one set of experts with this one, by the device's own backend."""
+        return self.mesh.get_group("ep")
+
+    @property
+    def place(self) -> int:
+        """Which share of the experts is this rank's."""
+        return self.grid.place(self.rank)
+
+    def gathered(self, value: T, what: str) -> Sequence[T]:
+        """Every rank's value, in the order of ranks.  RankError: some rank did not join in time."""
+        found: list[T] = [value] * self.size
+        with self._answered(what):
+            dist.all_gather_object(found, value, group=self.host)
+        return found
+
+    def told(self, value: T, what: str) -> T:
+        """Rank 0's value, on every rank.  RankError: some rank did not join in time."""
+        held = [value]
+        with self._answered(what):
+            dist.broadcast_object_list(held, src=0, group=self.host)
+        return held[0]
+
+    def meet(self, what: str, seconds: float) -> None:
+        """Ends when every rank is here.  RankError: some are not within the seconds; rank 0 names them."""
+        with self._answered(what, seconds):
+            dist.monitored_barrier(self.host, timedelta(seconds=seconds), wait_all_ranks=True)
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A step that ends well on all ranks or on none: an error on one is raised on all, and says whose it is."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001  # raised again below, once the others know
+            error = caught
+        failed = [(rank, found) for rank, found in enumerate(self.gathered(_written(error), what)) if found]
+        if error:
+            raise error
+        if failed:
+            raise _read(*failed[0])
+
+    @contextmanager
+    def _answered(self, what: str, seconds: float | None = None) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # as torch.distributed words it, some ranks are not there
+            raise RankError(
+                f"rank {self.rank}: {what}: not all of {self.size} ranks answered within "
+                f"{seconds or self._seconds:g} s ({str(error).splitlines()[0][:300]})",
+                advice="look at what the other ranks said first; a step that all share must be called on every rank",
+            ) from error
+
+
+def join(config: DistributedConfig, num_experts: int, *, device_type: str | None = None) -> Ranks:
+    """Joins the process group, or makes it from torchrun's environment; without torchrun, a job of one rank.
+
+    num_experts: the fewest of any sparse layer.  device_type: "cuda" or "cpu"; default: cuda, if there is a GPU for
+    each rank of this host.  ArgumentError: the config does not fit the ranks, or there are too few GPUs.
+    """
+    device = _device(device_type)
+    if not dist.is_initialized():
+        _begin(device, config.timeout_seconds)
+    grid = config.grid(dist.get_world_size(), num_experts)
+    mesh = init_device_mesh(device.type, (grid.replicate, grid.efsdp, grid.ep), mesh_dim_names=AXES)
+    host = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_seconds))
+    assert isinstance(host, dist.ProcessGroup)  # every rank is in it
+    return Ranks(device, grid, mesh, host, config.timeout_seconds)
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun, or another launcher of its kind, has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def _device(device_type: str | None) -> torch.device:
+    place, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = torch.cuda.device_count() if device_type != "cpu" else 0
+    if device_type == "cuda" and found < here:
+        raise ArgumentError(f"{here} ranks on this host need a GPU each, found {found}")
+    if found < here:
+        return torch.device("cpu")
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
+
+
+def _begin(device: torch.device, seconds: float) -> None:
+    """The default group; it ends with the process."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    options = {"timeout": timedelta(seconds=seconds), "device_id": device if device.type == "cuda" else None}
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, **options)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)  # pyright: ignore[reportPrivateImportUsage]
+    atexit.register(_end)
+
+
+def _end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --- errors between ranks --------------------------------------------------------------------------------------------
+
+Written = tuple[str, str, tuple[Fault, ...], str]
+
+
+def _written(error: Exception | None) -> Written | None:
+    match error:
+        case None:
+            return None
+        case MoebiusError():
+            return type(error).__name__, error.message, tuple(error.faults), error.advice
+        case _:
+            return RankError.__name__, f"{type(error).__name__}: {error}", (), ""
+
+
+def _read(rank: int, written: Written) -> MoebiusError:
+    """Another rank's error, of the same kind where it is one of ours."""
+    name, message, faults, advice = written
+    kind = getattr(errors, name, RankError)
+    return kind(f"rank {rank}: {message}", faults=faults, advice=advice)

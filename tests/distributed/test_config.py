@@ -1,0 +1,59 @@
+"""DistributedConfig: what it takes, how it arranges ranks, what it refuses."""
+
+import pytest
+
+from moebius.distributed.config import DistributedConfig, Grid
+from moebius.errors import ArgumentError
+
+ENABLED = DistributedConfig(enable_expert_parallel=True)
+
+
+@pytest.mark.parametrize(("ranks", "experts", "ep"), [(1, 8, 1), (4, 128, 4), (3, 128, 3), (16, 8, 8), (6, 4, 3)])
+def test_by_default_all_ranks_share_the_experts_or_as_many_as_there_are_experts_for(ranks, experts, ep):
+    assert ENABLED.grid(ranks, experts) == Grid(1, ranks // ep, ep, 1)
+
+
+def test_an_ep_size_is_taken_as_it_is_even_where_a_rank_then_has_no_expert():
+    assert DistributedConfig(ep_size=4).grid(4, 3) == Grid(1, 1, 4, 1)
+
+
+def test_without_either_every_rank_holds_all_experts():
+    assert DistributedConfig().grid(4, 8) == Grid(1, 4, 1, 1)
+
+
+def test_states_are_sharded_over_the_ranks_that_fsdp_names():
+    assert DistributedConfig(ep_size=2, fsdp_size=4).grid(8, 8) == Grid(2, 2, 2, 4)
+
+
+def test_places_within_a_set_of_experts_run_fastest():
+    assert [Grid(1, 2, 3, 1).place(rank) for rank in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks", "names"),
+    [
+        ({"ep_size": 3}, 4, "ep_size: does not divide"),
+        ({"fsdp_size": 3}, 4, "fsdp_size: does not fit"),
+        ({"ep_size": 4, "fsdp_size": 2}, 4, "fsdp_size: does not fit"),
+        ({"ep_size": 2, "dp_replicate_size": 3}, 4, "dp_replicate_size: does not divide"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_ranks_are_refused(fields, ranks, names):
+    with pytest.raises(ArgumentError, match=names):
+        DistributedConfig(**fields).grid(ranks, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"ep_size": 0}, "ep_size: too small"),
+        ({"batch": "own"}, "batch: unknown"),
+        ({"exchange": "mail"}, "exchange: unknown"),
+        ({"timeout_seconds": 0}, "timeout_seconds"),
+        ({"batch": "distinct", "exchange": "all_reduce"}, "one batch that all ranks share"),
+        ({"exchange": "all_to_all"}, "do not share"),
+    ],
+)
+def test_values_out_of_range_are_refused(fields, names):
+    with pytest.raises(ArgumentError, match=names):
+        DistributedConfig(**fields)
