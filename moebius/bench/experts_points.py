@@ -15,7 +15,7 @@ from moebius.bench.experts_cases import Inputs, Weights, distinct_experts, make_
 from moebius.bench.experts_clocks import Call, Clock, reason_of
 from moebius.bench.experts_ways import FORWARD, TRAINING, Way
 
-CAPTURED_TOKENS = 512
+CAPTURED_TOKENS = 4096
 CHECKED_TOKENS = 32
 LARGEST_ERROR = 0.02  # bfloat16 gives 0.005
 SHORT = 0.003  # seconds
