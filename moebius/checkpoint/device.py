@@ -1,7 +1,8 @@
 """Filling tensors on a GPU: readers fill pinned slots from the files, and copies go on while they read the next ones.
 
-Each reader has a lane of its own: slots of pinned memory, a stream, and a bounce buffer on the device for what has to
-be cast or rearranged there.  A slot is filled again once the copies from it are done.
+Slots go round among the readers, and from one GPU to the next: one is filled again once the copies from it are done.
+Each reader has a lane of its own: a stream, and a bounce buffer on the device for what has to be cast or rearranged
+there.
 
 What readers do between two reads is kept short, because Python's lock lets one of them at a time do it: a copy is one
 call of the driver, which keeps the lock; torch's own `copy_` gives it up, and a dozen readers then wait for each other.
@@ -11,9 +12,9 @@ import ctypes
 import mmap
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import NamedTuple, Protocol
 
@@ -29,9 +30,12 @@ from moebius.errors import CapacityError
 DRIVER = "libcuda.so.1"
 SLOT_BYTES = 12 << 20
 READERS = 16
+SLOTS = READERS  # a reader that waits for copies costs less than slots that no longer fit the processors' cache
 PINNING_THREADS = 4
-SLOTS_A_READER = 1  # a reader that waits for its copies costs less than slots that no longer fit the processors' cache
+PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every GPU
 STREAMS = 2
+
+Event = torch.cuda.Event | torch.Event
 
 
 class Slot(NamedTuple):
@@ -61,6 +65,24 @@ class Lane(Protocol):
         ...
 
 
+class Feed(Protocol):
+    """How slots that readers fill come to a device, in order with what the thread that copies sets off there."""
+
+    slot_bytes: int
+
+    def take(self) -> Slot:
+        """A slot to fill, for any thread; waits for it."""
+        ...
+
+    def copy(self, target: Tensor, start: int, slot: Slot, nbytes: int) -> None:
+        """The bytes of `target`, on the device, from `start` on become the first of the slot."""
+        ...
+
+    def give(self, slot: Slot) -> None:
+        """A slot back for others to take, once the copies from it are done."""
+        ...
+
+
 def send(extent: Extent, lane: Lane, tensors: Mapping[str, Tensor], shards: Shards) -> None:
     """Reads an extent into the lane's slot and sets off the copies to all its places."""
     slot = lane.slot()
@@ -82,28 +104,56 @@ def _place(job: Staged, lane: Lane, target: Tensor, source: Tensor) -> None:
     lane.place(target.as_strided(block.shape, block.strides, block.offset), source.view(dtype), block.stored_strides)
 
 
-class PinnedSlots:
+class Slots:
+    """Slots that go round; threads that wait for one get it in turn."""
+
+    def __init__(self) -> None:
+        self._free: SimpleQueue[tuple[Slot, Event | None] | BaseException] = SimpleQueue()
+
+    def take(self) -> Slot:
+        """A slot from which every earlier copy is done; waits for it.  Raises what kept one from being made."""
+        found = self._free.get()
+        if isinstance(found, BaseException):
+            raise found
+        return _free_again(*found)
+
+    def give(self, slot: Slot, stream: torch.cuda.Stream | None = None) -> None:
+        """A slot back for others to take, who wait for what has been set off on the stream."""
+        self._free.put((slot, None if stream is None else stream.record_event()))
+
+
+def _free_again(slot: Slot, copied: Event | None) -> Slot:
+    if copied is not None and not copied.query():
+        copied.synchronize()
+    return slot
+
+
+class PinnedSlots(Slots):
     """Slots that threads of their own pin one by one: they go on while the files are planned."""
 
     def __init__(self) -> None:
-        self._ready: SimpleQueue[Slot | BaseException] = SimpleQueue()
+        super().__init__()
         for _ in range(PINNING_THREADS):
             Thread(target=self._pin, name="moebius-pinning", daemon=True).start()
 
-    def take(self) -> Slot:
-        """The next slot; waits for it."""
-        found = self._ready.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
     def _pin(self) -> None:
-        for _ in range(READERS * SLOTS_A_READER // PINNING_THREADS):
+        for _ in range(SLOTS // PINNING_THREADS):
             try:
                 tensor = _pinned(SLOT_BYTES)
-                self._ready.put(Slot(tensor, raw_bytes(tensor)))
+                self.give(Slot(tensor, raw_bytes(tensor)))
             except BaseException as error:  # noqa: BLE001  # raised in each thread that waits for a slot
-                self._ready.put(error)
+                self._free.put(error)
+
+    def unpin(self) -> None:
+        """Gives the slots' memory back, on threads that only the interpreter's end waits for."""
+        for _ in range(PINNING_THREADS):
+            Thread(target=self._unpin, name="moebius-unpinning").start()
+
+    def _unpin(self) -> None:
+        _enter_context()
+        with suppress(Empty):
+            while isinstance(found := self._free.get_nowait(), tuple):
+                _free_again(*found)
 
 
 def _pinned(nbytes: int) -> Tensor:
@@ -112,41 +162,37 @@ def _pinned(nbytes: int) -> Tensor:
     By the driver, because torch keeps Python's lock while it pins; and registered once its pages are present, because
     the driver alone makes them on one processor, in three times the time.
     """
-    torch.cuda.current_stream().synchronize()  # gives this thread the device's context
+    _enter_context()
     memory = mmap.mmap(-1, nbytes)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     make_present(tensor)
     driver, pointer = ctypes.CDLL(DRIVER), ctypes.c_void_p(tensor.data_ptr())
-    error = driver.cuMemHostRegister_v2(pointer, ctypes.c_size_t(nbytes), 0)
+    error = driver.cuMemHostRegister_v2(pointer, ctypes.c_size_t(nbytes), PORTABLE)
     if error:
         raise CapacityError(f"{nbytes:,} bytes of memory cannot be pinned: the CUDA driver says error {error}")
     weakref.finalize(tensor, driver.cuMemHostUnregister, pointer)
     return tensor
 
 
+def _enter_context() -> None:
+    """Gives this thread a device's context, without which the driver neither pins nor unpins."""
+    torch.cuda.current_stream().synchronize()
+
+
 class CudaLane:
     """A Lane on a CUDA device, for the thread that makes it."""
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream, slots: PinnedSlots):
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream, slots: Slots):
         torch.cuda.set_device(device)  # of this thread
-        self._stream, self._unused = stream, slots
-        self._slots: list[tuple[Slot, torch.cuda.Event]] = []
-        self._turn = -1
+        self._stream, self._slots = stream, slots
+        self._held: Slot
 
     def slot(self) -> Slot:
-        self._turn += 1
-        if self._turn < SLOTS_A_READER:
-            self._slots.append((self._unused.take(), torch.cuda.Event()))
-        held, event = self._slots[self._turn % SLOTS_A_READER]
-        if not event.query():
-            event.synchronize()
-        return held
+        self._held = self._slots.take()
+        return self._held
 
     def copy(self, target: Tensor, start: int, begin: int, nbytes: int) -> None:
-        source = self._slots[self._turn % SLOTS_A_READER][0].tensor.data_ptr() + begin
-        error = _copy_to_device()(target.data_ptr() + start, source, nbytes, self._stream.cuda_stream)
-        if error:
-            raise RuntimeError(f"the CUDA driver refused to copy {nbytes} bytes to {target.device}: error {error}")
+        _copy(target, start, self._held, begin, nbytes, self._stream)
 
     def place(self, target: Tensor, source: Tensor, strides: tuple[int, ...]) -> None:
         with torch.cuda.stream(self._stream):
@@ -154,7 +200,32 @@ class CudaLane:
             target.copy_(bounce.as_strided(target.shape, strides))
 
     def sent(self) -> None:
-        self._slots[self._turn % SLOTS_A_READER][1].record(self._stream)
+        self._slots.give(self._held, self._stream)
+
+
+class CudaFeed:
+    """A Feed on the current stream of a CUDA device."""
+
+    slot_bytes = SLOT_BYTES
+
+    def __init__(self, device: torch.device, slots: Slots):
+        self._stream, self._slots = torch.cuda.current_stream(device), slots
+
+    def take(self) -> Slot:
+        return self._slots.take()
+
+    def copy(self, target: Tensor, start: int, slot: Slot, nbytes: int) -> None:
+        _copy(target, start, slot, 0, nbytes, self._stream)
+
+    def give(self, slot: Slot) -> None:
+        self._slots.give(slot, self._stream)
+
+
+def _copy(target: Tensor, start: int, slot: Slot, begin: int, nbytes: int, stream: torch.cuda.Stream) -> None:
+    """Sets off a copy of a slot's bytes from `begin` on to those of `target`, on the device, from `start` on."""
+    error = _copy_to_device()(target.data_ptr() + start, slot.tensor.data_ptr() + begin, nbytes, stream.cuda_stream)
+    if error:
+        raise RuntimeError(f"the CUDA driver refused to copy {nbytes} bytes to {target.device}: error {error}")
 
 
 @cache

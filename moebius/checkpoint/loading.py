@@ -18,14 +18,15 @@ import torch
 from moebius.checkpoint import checksums
 from moebius.checkpoint.blocks import whole_block
 from moebius.checkpoint.decoding import read_decoded
-from moebius.checkpoint.device import READERS, SLOT_BYTES, CudaLane, PinnedSlots, cuda_streams, send
+from moebius.checkpoint.device import READERS, SLOT_BYTES, CudaFeed, CudaLane, PinnedSlots, cuda_streams, send
 from moebius.checkpoint.extents import Extent, extents
 from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
 from moebius.checkpoint.jobs import Job, Run, Staged, jobs, pieces
 from moebius.checkpoint.mapping import Mapper, by_target, mappable
 from moebius.checkpoint.packing import read_packed
+from moebius.checkpoint.packing_batches import read_batched
 from moebius.checkpoint.pages import make_present
-from moebius.checkpoint.planning import STAGING_BYTES, Decode, Plan, Read
+from moebius.checkpoint.planning import STAGING_BYTES, Decode, Pack, Plan, Read
 from moebius.checkpoint.pool import default_readers, run_all, run_each
 from moebius.checkpoint.reading import Shards, raw_bytes, read_into, torch_dtype
 from moebius.checkpoint.staging import stage
@@ -75,6 +76,11 @@ class LoadOptions:
     @property
     def threads(self) -> int:
         return 0 if self.loading == "sync" else self.readers or default_readers()
+
+    @property
+    def device_threads(self) -> int:
+        """To a GPU: more than processors, because they wait for copies."""
+        return 0 if self.loading == "sync" else min(READERS, self.readers or READERS)
 
 
 def check_room(plan: Plan, device: Devices) -> None:
@@ -196,7 +202,7 @@ class _Loader:
         for decode in self._plan.decodes:  # on this thread: its arithmetic spreads over the processors itself
             read_decoded(decode, self._tensors, self._shards.read_into)
             self._advance(decode.info.nbytes)
-        faults = [*self._pack(check), *(self._nan() if check else ()), *self._doubles(), *self._constants()]
+        faults = [*self._pack_all(check), *(self._nan() if check else ()), *self._doubles(), *self._constants()]
         self._refuse(faults)
         self._shards.check()
         return {name: self._tensors[name] for name in self._plan.targets}
@@ -240,8 +246,7 @@ class _Loader:
 
     def _send(self, todo: Iterable[Job], device: torch.device) -> None:
         """Fills tensors on a GPU."""
-        threads = 0 if self._options.loading == "sync" else min(READERS, self._options.readers or READERS)
-        pinned, self._pinned = self._pinned or PinnedSlots(), None  # the next GPU gets its own
+        threads, pinned = self._options.device_threads, self._slots()
         device = torch.empty(0, device=device).device  # with its index
         with torch.cuda.device(device), cuda_streams(device) as streams:
             free = iter(streams * max(1, threads))  # in turns
@@ -262,16 +267,28 @@ class _Loader:
         read_into(self._shards.descriptor(run.file), raw_bytes(place), run.offset, run.file)
         self._advance(run.nbytes)
 
-    def _pack(self, check: bool) -> list[Fault]:
+    def _slots(self) -> PinnedSlots:
+        """Of all GPUs, one after the other."""
+        self._pinned = self._pinned or PinnedSlots()
+        return self._pinned
+
+    def _pack_all(self, check: bool) -> list[Fault]:
         """Quantizes what the plan says; faults are NaN, if that is looked for."""
-        return read_packed(
-            self._plan.packs,
-            self._tensors,
-            self._shards.read_into,
-            threads=self._options.threads,
-            advance=self._advance,
-            look_for_nan=check,
-        )
+        packs: dict[torch.device, list[Pack]] = {}
+        for pack in self._plan.packs:
+            packs.setdefault(self._devices[pack.name], []).append(pack)
+        faults = [fault for device, mine in packs.items() for fault in self._pack(mine, device, check)]
+        if self._pinned:
+            self._pinned.unpin()
+        return faults
+
+    def _pack(self, packs: Sequence[Pack], device: torch.device, check: bool) -> list[Fault]:
+        given, options = (packs, self._tensors, self._shards.read_into), self._options
+        if device == CPU:
+            return read_packed(*given, threads=options.threads, advance=self._advance, look_for_nan=check)
+        with torch.cuda.device(device):
+            feed, threads = CudaFeed(device, self._slots()), options.device_threads
+            return read_batched(*given, feed, threads=threads, advance=self._advance, look_for_nan=check)
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:

@@ -2,22 +2,23 @@
 
 The weight itself never exists; its rows are put together as the files hold them, in slabs of whole quanta, and a slab
 is quantized in pieces that stay in the cache.  Rows that share a scale never lie in two slabs, so that the result is,
-bit for bit, that of the whole weight.
+bit for bit, that of the whole weight.  How slabs are quantized on a GPU says packing_batches.py.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moebius.checkpoint.blocks import cut, is_run, whole_block
+from moebius.checkpoint.blocks import Block, cut, is_run, whole_block
 from moebius.checkpoint.decoding import ReadInto, decoded_rows
 from moebius.checkpoint.encodings import Encoded
 from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
-from moebius.checkpoint.operations import Part, narrow_part
+from moebius.checkpoint.operations import Part, Region, narrow_part
 from moebius.checkpoint.planning import STAGING_BYTES, Pack
 from moebius.checkpoint.pool import run_all
 from moebius.checkpoint.quantizing import runs_of_rows, span
@@ -26,7 +27,6 @@ from moebius.errors import Fault
 from moebius.quantization.decoding import quantize
 
 PIECE_ELEMENTS = (1 << 15) - 1  # quantized at once: torch does so many on one thread, and leaves others to our readers
-DEVICE_ELEMENTS, DEVICE_THREADS = 1 << 19, 8  # on a GPU: few launches, and little memory beside the model
 TRANSPOSED_BYTES = 64 << 20  # for slabs of transposed rows, all threads together: a matrix is read again for every slab
 
 
@@ -55,7 +55,7 @@ def read_packed(
     advance: Callable[[int], None] = lambda nbytes: None,
     look_for_nan: bool = False,
 ) -> list[Fault]:
-    """Quantizes stored weights into the tensors of their values and scales, on the device where these are.
+    """Quantizes stored weights into the tensors of their values and scales, each slab by itself.
 
     threads: 0 does it on this one.  advance: told how many stored bytes were read.  Gives a fault for every stored
     tensor in which there is NaN, if that was looked for.
@@ -68,39 +68,56 @@ def read_packed(
         if isinstance(slab.pack.info, TensorInfo):
             advance(slab.nbytes)
 
-    on_device = any(tensors[pack.name].device.type != "cpu" for pack in packs[:1])
-    threads = min(threads, DEVICE_THREADS) if on_device else threads
     plain = (pack for pack in packs if isinstance(pack.info, TensorInfo))
-    run_all((slab for pack in plain for slab in slabs(pack, threads)), work, threads)
+    run_all((slab for pack in plain for slab in slabs(pack, _slab_bytes(threads))), work, threads)
     for pack in (pack for pack in packs if isinstance(pack.info, Encoded)):
-        run_all(slabs(pack, 0), work, 0)  # decoding spreads over the processors itself
+        run_all(slabs(pack, _slab_bytes(0)), work, 0)  # decoding spreads over the processors itself
         advance(pack.nbytes)
+    return nan_faults(packs, found)
+
+
+def nan_faults(packs: Sequence[Pack], found: set[str]) -> list[Fault]:
+    """A fault for each pack whose stored tensor is named in `found`."""
     return [Fault(pack.info.name, "NaN", f"in {pack.info.file}") for pack in packs if pack.info.name in found]
 
 
 def _pack(slab: Slab, tensors: Mapping[str, Tensor], read_into: ReadInto, look_for_nan: bool) -> bool:
-    rows = _rows(slab.pack.info, _inside(slab), (slab.rows, slab.pack.shape[-1]), read_into)
+    rows = _rows(slab, read_into)
     _quantize(slab, rows, tensors)
     return look_for_nan and bool(rows.isnan().any())
+
+
+def _rows(slab: Slab, read_into: ReadInto) -> Tensor:
+    """The slab [rows, in]: in the stored dtype, of a quantized weight in float32."""
+    info, shape = slab.pack.info, (slab.rows, slab.pack.shape[-1])
+    if isinstance(info, Encoded):
+        return _decoded(info, _narrowed(_from_its_start(slab), slab.rows), shape, read_into)
+    rows = torch.empty(shape, dtype=torch_dtype(info.dtype))
+    put_together(slab, raw_bytes(rows), read_into)
+    return rows
+
+
+def _slab_bytes(threads: int) -> Callable[[Part], int]:
+    """A staging buffer, or more where every slab reads all of its matrix."""
+    transposed = TRANSPOSED_BYTES // max(1, threads)
+    return lambda part: transposed if _inner_axis(part) != len(part.place.start) - 1 else STAGING_BYTES
 
 
 # --- the weight's rows, in slabs ---------------------------------------------------------------------------------
 
 
-def slabs(pack: Pack, threads: int) -> Iterator[Slab]:
-    """A stored weight in slabs; as many are made at a time as there are threads."""
+def slabs(pack: Pack, nbytes: Callable[[Part], int]) -> Iterator[Slab]:
+    """A stored weight in slabs of about so many bytes of each of its parts; in float32, if it is decoded first."""
     for part in pack.parts:
-        step, lead = _rows_of_a_slab(pack, part, threads), range(len(pack.shape) - 2)
+        step, lead = _rows_of_a_slab(pack, nbytes(part)), range(len(pack.shape) - 2)
         for at in product(*(_indices(part, axis) for axis in lead)):
             for first, count, segment in runs_of_rows(pack, part):
                 for row in range(first, first + count, step):
                     yield Slab(pack, part, at, row, min(step, first + count - row), segment)
 
 
-def _rows_of_a_slab(pack: Pack, part: Part, threads: int) -> int:
-    """Whole quanta of about a staging buffer, or of more where every slab reads all of its matrix."""
-    transposed = _inner_axis(part) != len(pack.info.shape) - 1
-    nbytes = TRANSPOSED_BYTES // max(1, threads) if transposed else STAGING_BYTES
+def _rows_of_a_slab(pack: Pack, nbytes: int) -> int:
+    """Whole quanta of at most so many bytes, if one is not more."""
     size = ITEM_BYTES["float32" if isinstance(pack.info, Encoded) else pack.info.dtype]
     quantum = pack.form.quantum_rows
     return max(1, nbytes // max(1, pack.shape[-1] * size) // quantum) * quantum
@@ -116,12 +133,19 @@ def _indices(part: Part, axis: int) -> range:
     return range(start, start + step * count, step)
 
 
-def _inside(slab: Slab) -> Part:
-    """What of its part lies in the slab, the origin counted from the slab's first row."""
-    inside: Part | None = _swapped(slab.part)
-    for axis, at in enumerate(slab.at):
-        inside = inside and narrow_part(inside, axis, at, 1)
-    inside = inside and narrow_part(inside, len(slab.at), slab.first, slab.rows)
+def _from_its_start(slab: Slab) -> Part:
+    """The slab's part, its origin counted from the slab's first row: alike for all experts of all layers."""
+    origin, at = slab.part.origin, (*slab.at, slab.first, 0)
+    start = tuple(index - first for index, first in zip(origin.start, at, strict=True))
+    return Part("", slab.part.shape, Region(start, origin.axes, origin.steps), slab.part.place)
+
+
+def _narrowed(part: Part, rows: int) -> Part:
+    """What of a part lies in the first rows of the first matrix of its origin."""
+    inside: Part | None = _swapped(part)
+    lead = len(part.origin.start) - 2
+    for axis, count in enumerate((*(1 for _ in range(lead)), rows)):
+        inside = inside and narrow_part(inside, axis, 0, count)
     assert inside is not None  # the slab was cut from it
     return _swapped(inside)
 
@@ -133,21 +157,32 @@ def _swapped(part: Part) -> Part:
 # --- as the files hold them ----------------------------------------------------------------------------------------
 
 
-def _rows(info: TensorInfo | Encoded, part: Part, shape: tuple[int, int], read_into: ReadInto) -> Tensor:
-    """The slab [rows, in]: in the stored dtype, of a quantized weight in float32."""
-    if isinstance(info, Encoded):
-        return _decoded(info, part, shape, read_into)
-    slab = torch.empty(shape, dtype=torch_dtype(info.dtype))
-    block, size = whole_block(part, info.shape, _with_lead(part, shape)), ITEM_BYTES[info.dtype]
-    if is_run(block):
-        read_into(info, raw_bytes(slab), block.start * size)
-        return slab
+def put_together(slab: Slab, memory: memoryview, read_into: ReadInto) -> None:
+    """Fills `memory`, slab.nbytes, with the slab [rows, in] of a plain weight, in the stored dtype."""
+    info = slab.pack.info
+    assert isinstance(info, TensorInfo)
+    block, run = _block(_from_its_start(slab), (slab.rows, slab.pack.shape[-1]), info.shape)
+    if run:
+        read_into(info, memory, block.start * ITEM_BYTES[info.dtype])
+    else:
+        _rearrange(info, block, torch.frombuffer(memory, dtype=torch_dtype(info.dtype)), read_into)
+
+
+@lru_cache(maxsize=1 << 14)  # reckoned once for all that is alike: readers on a GPU have little time between two reads
+def _block(part: Part, shape: tuple[int, int], stored: tuple[int, ...]) -> tuple[Block, bool]:
+    """What of a part lies in a slab, as one block, and whether its bytes lie alike on both sides."""
+    inside = _narrowed(part, shape[0])
+    block = whole_block(inside, stored, _with_lead(inside, shape))
+    return block, is_run(block)
+
+
+def _rearrange(info: TensorInfo, block: Block, slab: Tensor, read_into: ReadInto) -> None:
+    size = ITEM_BYTES[info.dtype]
     staging = torch.empty(min(block.length, max(1, STAGING_BYTES // size)), dtype=slab.dtype)
     for piece in cut(block, staging.numel()):
         read_into(info, raw_bytes(staging)[: piece.length * size], piece.start * size)
         found = staging.as_strided(piece.shape, piece.stored_strides)
         slab.as_strided(piece.shape, piece.strides, piece.offset).copy_(found)
-    return slab
 
 
 def _decoded(info: Encoded, part: Part, shape: tuple[int, int], read_into: ReadInto) -> Tensor:
@@ -195,15 +230,22 @@ def _with_lead(part: Part, shape: tuple[int, int]) -> tuple[int, ...]:
 
 def _quantize(slab: Slab, rows: Tensor, tensors: Mapping[str, Tensor]) -> None:
     """Rows of a slab into the places of their values and scales."""
-    pack = slab.pack
-    values, scales = tensors[pack.name][slab.at], tensors[pack.scale_name][slab.at]
-    height, quantum, width = pack.shape[-2] // pack.segments, pack.form.quantum_rows, pack.shape[-1]
-    above = slab.segment * math.ceil(height / quantum) + (slab.first - slab.segment * height) // quantum
-    limit = PIECE_ELEMENTS if values.device.type == "cpu" else DEVICE_ELEMENTS
+    pack, quantum = slab.pack, slab.pack.form.quantum_rows
+    values, scales = places(slab, tensors)
+    limit = PIECE_ELEMENTS if values.device.type == "cpu" else rows.numel()
     for row, column, piece in _pieces(pack, rows.to(values.device), limit):
         packed, packed_scales = quantize(pack.form, piece)
-        _put(packed, values, slab.first + row, column * values.shape[1] // width)
-        _put(packed_scales, scales, above + row // quantum, column * scales.shape[1] // width)
+        _put(packed, values, row, column * values.shape[1] // pack.shape[-1])
+        _put(packed_scales, scales, row // quantum, column * scales.shape[1] // pack.shape[-1])
+
+
+def places(slab: Slab, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where a slab's values [rows, ...] and scales [ceil(rows / quantum rows), ...] go, as views."""
+    pack, quantum = slab.pack, slab.pack.form.quantum_rows
+    height = pack.shape[-2] // pack.segments
+    above = slab.segment * math.ceil(height / quantum) + (slab.first - slab.segment * height) // quantum
+    values, scales = tensors[pack.name][slab.at], tensors[pack.scale_name][slab.at]
+    return values[slab.first : slab.first + slab.rows], scales[above : above + math.ceil(slab.rows / quantum)]
 
 
 def _pieces(pack: Pack, rows: Tensor, limit: int) -> Iterator[tuple[int, int, Tensor]]:

@@ -57,7 +57,8 @@ def _scales(form: BlockFp8, part: Tensor) -> Tensor:
     largest = padded.unflatten(-1, (-1, columns)).amax(dim=-1).unflatten(-2, (-1, rows)).amax(dim=-2)
     # a scale below the smallest normal number has too few bits to divide by
     # by a tensor, because a card divides by a number by multiplying with its inverse, to another last bit
-    scales = (largest / largest.new_tensor(LARGEST)).clamp(min=torch.finfo(torch.float32).tiny).where(largest > 0, 1.0)
+    scales = (largest / largest.new_full((), LARGEST)).clamp(min=torch.finfo(torch.float32).tiny)
+    scales = scales.where(largest > 0, 1.0)
     return _power_of_two_above(scales) if form.scale_dtype == "float8_e8m0fnu" else scales
 
 

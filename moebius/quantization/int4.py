@@ -29,7 +29,7 @@ def pack(form: PackedInt4, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     groups = weight.float().unflatten(-1, (-1, form.group_size))
     # by tensors, because a card divides by a number by multiplying with its inverse, to another last bit
-    highest, lowest = groups.new_tensor(HIGHEST), groups.new_tensor(LOWEST)
+    highest, lowest = groups.new_full((), HIGHEST), groups.new_full((), LOWEST)
     spread = torch.maximum(groups.amax(dim=-1) / highest, groups.amin(dim=-1) / lowest)
     scales = spread.where(spread != 0, 1.0).to(getattr(torch, form.scale_dtype))
     quantized = nearest_(groups / scales.float().unsqueeze(-1)).clamp_(LOWEST, HIGHEST).nan_to_num_(0)

@@ -25,7 +25,7 @@ def pack(form: Int8, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = weight.to(torch.float32, copy=True)
     # by tensors, because a card divides by a number by multiplying with its inverse, to another last bit
-    highest, lowest = rows.new_tensor(HIGHEST), rows.new_tensor(LOWEST)
+    highest, lowest = rows.new_full((), HIGHEST), rows.new_full((), LOWEST)
     spread = torch.maximum(rows.amax(dim=-1, keepdim=True) / highest, rows.amin(dim=-1, keepdim=True) / lowest)
     scales = spread.where(spread != 0, 1.0).to(getattr(torch, form.scale_dtype))
     quantized = nearest_(rows.div_(scales.float())).clamp_(LOWEST, HIGHEST).nan_to_num_(0)
