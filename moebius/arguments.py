@@ -1,5 +1,6 @@
 """What from_pretrained's arguments mean: each of transformers' names is honoured, true anyway, or refused by name."""
 
+import dataclasses
 import difflib
 import os
 import re
@@ -11,6 +12,7 @@ import torch
 from moebius.checkpoint import hub
 from moebius.checkpoint.comparing import FLOATS
 from moebius.checkpoint.loading import LoadOptions
+from moebius.distributed.config import DistributedConfig
 from moebius.errors import ArgumentError, Fault
 from moebius.generation.config import GenerationConfig
 from moebius.placement import CPU, CUDA, STRATEGIES, DeviceMap, Modules, Strategy
@@ -39,7 +41,6 @@ REFUSED: Mapping[str, str] = {
     "offload_state_dict": "weights are not offloaded to disk",
     "tp_plan": "tensor parallelism is not offered",
     "tp_size": "tensor parallelism is not offered",
-    "distributed_config": "expert parallelism is not in this version",
     "load_in_8bit": 'say quantization="int8"',
     "load_in_4bit": 'say quantization="int4" or "mxfp4"',
     "config": "a checkpoint is opened by its own config.json; edit that",
@@ -64,7 +65,23 @@ HONOURED = (
     "mapping",
     "quantization",
     "quantization_config",
+    "distributed_config",
 )
+
+DISTRIBUTED = tuple(field.name for field in dataclasses.fields(DistributedConfig))
+
+DISTRIBUTED_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "tp_size": ((None, 1), "tensor parallelism is not offered; say ep_size"),
+    "tp_plan": ((None, {}), "tensor parallelism is not offered; say ep_size"),
+    "enable_sequence_parallel": ((None, False), "sequence parallelism is not offered"),
+    "pp_size": ((None, 1), "pipeline parallelism is not offered"),
+    "fsdp_plan": ((None,), "what is sharded is settled: every layer, and its experts"),
+    "fsdp_cpu_offload": ((None, False), "weights are not offloaded"),
+    "fsdp_mixed_precision": ((None, False), "give the dtype by itself"),
+    "ep_plan": ((None,), "what is spread is settled: the routed experts"),
+    "ep_implementation": ((None, "auto"), "say exchange= of moebius.DistributedConfig"),
+}
+"""transformers' other fields of a DistributedConfig: the values that ask for nothing, and why others are refused."""
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,6 +213,69 @@ def _device_name(device: Any) -> str:
     if found.type != "cuda":
         return found.type
     return f"{CUDA}{torch.cuda.current_device() if found.index is None else found.index}"
+
+
+def distributed_config_of(config: object) -> DistributedConfig | None:
+    """What `distributed_config` asks for: ours, its fields as a mapping, or transformers' object; None for nothing.
+
+    ArgumentError: fields that are unknown, or that ask for what is not offered, each by name.
+    """
+    match config:
+        case None | DistributedConfig():
+            return config
+        case Mapping():
+            return _distributed(config)
+        case _ if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            return _distributed(_as_given(vars(config)))
+        case _:
+            raise ArgumentError(
+                f"distributed_config: {type(config).__module__}.{type(config).__name__} is not read",
+                advice="give a moebius.DistributedConfig, or a dict of its fields",
+            )
+
+
+def _distributed(fields: Mapping[str, Any]) -> DistributedConfig:
+    if faults := [fault for name, value in fields.items() if (fault := _distributed_fault(name, value))]:
+        raise ArgumentError("distributed_config: fields refused", faults=faults)
+    # None leaves a size open, as leaving it out does
+    return DistributedConfig(**{name: fields[name] for name in DISTRIBUTED if fields.get(name) is not None})
+
+
+def _distributed_fault(name: str, value: Any) -> Fault | None:
+    if name in DISTRIBUTED:
+        return None
+    if name in DISTRIBUTED_REFUSED:
+        neutral, why = DISTRIBUTED_REFUSED[name]
+        return None if value in neutral else Fault(f"{name}={value!r}", "not supported", why)
+    near = difflib.get_close_matches(name, DISTRIBUTED, n=1)
+    return Fault(name, "unknown field", f"did you mean {near[0]}?" if near else f"known: {', '.join(DISTRIBUTED)}")
+
+
+def _as_given(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as the user gave them, of transformers' object, which replaces them by what they come to.
+
+    There `enable_expert_parallel` becomes ep_size=tp_size and an empty tp_plan, which says that tp_size counts ranks
+    that share experts and nothing else; an ep_size of 1 is none; and ranks of FSDP have a batch each.
+    """
+    ep_size, tp_size, apart = (resolved.get(name) for name in ("ep_size", "tp_size", "fsdp_size"))
+    experts_alone = resolved.get("tp_plan") == {} and ep_size == tp_size
+    enabled = bool(resolved.get("enable_expert_parallel")) or experts_alone
+    fields = {"enable_expert_parallel": enabled, "ep_size": None if ep_size == 1 else ep_size}
+    fields |= {"tp_size": None} if experts_alone else {}
+    return {**resolved, **fields, "batch": "distinct" if (apart or 1) > 1 else "shared"}
+
+
+def device_map_on_ranks(device_map: Any, max_memory: Any) -> None:
+    """ArgumentError: anything but None or "auto"; where a model is spread over ranks, each has a device of its own."""
+    why = "each rank takes a GPU of its host, or the CPU where there are none"
+    faults = [
+        Fault(f"{name}={value!r}", "not supported", why)
+        for name, value, taken in (("device_map", device_map, (None, "auto")), ("max_memory", max_memory, (None,)))
+        if value not in taken
+    ]
+    if faults:
+        advice = 'leave it out; CUDA_VISIBLE_DEVICES says which GPUs there are, and "" that there are none'
+        raise ArgumentError("from_pretrained: arguments refused under distributed_config", faults=faults, advice=advice)
 
 
 def load_options(loading: str | None, mapping: str) -> LoadOptions:

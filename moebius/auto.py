@@ -3,65 +3,67 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moebius import arguments, checkpoint, model_folder, placement
-from moebius.checkpoint import hub, reversing
+from moebius import arguments, checkpoint, on_ranks, placement
+from moebius.checkpoint import hub
 from moebius.checkpoint.collection import collection_paused
 from moebius.checkpoint.converter import Rule
 from moebius.checkpoint.device import PinnedSlots
 from moebius.checkpoint.loading import Progress, check_room, free_bytes
+from moebius.checkpoint.owning import owned
 from moebius.checkpoint.planning import Plan, Target
-from moebius.checkpoint.publishing import publish, unmerged
-from moebius.checkpoint.quantizing import Packing, quantized
-from moebius.checkpoint.reading import dtype_name, torch_dtype
+from moebius.checkpoint.quantizing import quantized
+from moebius.checkpoint.reading import torch_dtype
 from moebius.config import DecoderConfig
+from moebius.distributed.config import DistributedConfig
+from moebius.experts.interface import Experts
 from moebius.generation.config import GenerationConfig
 from moebius.generation.engine import generate
 from moebius.layers.decoder import Decoder
 from moebius.layers.quantized import hold
-from moebius.layers.quantizing import forms_for, segments_of
+from moebius.layers.quantizing import forms_for
+from moebius.model_saving import described, packings, save_of
+from moebius.model_tensors import fill, named_tensors, targets
 from moebius.models import Family, family_of
 from moebius.models.counting import count_parameters
-from moebius.models.published_forms import write_stored_form
-from moebius.opening import (
-    LoadReport,
-    OpenedCheckpoint,
-    Stages,
-    refuse_more_than_stored,
-    stored_dtype,
-    stored_forms,
-)
+from moebius.opening import FoundCheckpoint, LoadReport, OpenedCheckpoint, Stages, found, stored_forms
 from moebius.quantization.config import QuantizationConfig
 from moebius.quantization.forms import Form
 
+if TYPE_CHECKING:
+    from moebius.distributed.ranks import Ranks
+    from moebius.distributed.spread import Spread
+
 NOTHING_HELD: Mapping[str, Form] = {}
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Save:
-    """What a save writes, and from what; quantization_config: None where config.json's own holds, if there is one."""
-
-    plan: Plan | reversing.SavePlan
-    tensors: Mapping[str, torch.Tensor]
-    quantization_config: Mapping[str, Any] | None = None
 
 
 class CausalLM(Decoder):
     """A Decoder that knows where it came from: it generates, and saves itself in the hub's layout.
 
     source: the opened checkpoint it was loaded from, load_report: how that went; None for a model made from a config.
+    step_header: what ranks tell each other before every forward; None for a model of this process alone.
     """
 
-    def __init__(self, config: DecoderConfig, family: Family, *, experts_implementation: str = "auto"):
-        super().__init__(config, experts_implementation=experts_implementation)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        family: Family,
+        *,
+        experts_implementation: str = "auto",
+        place: on_ranks.Place | None = None,
+    ):
+        experts_class = place.experts_class if place else Experts
+        super().__init__(config, experts_implementation=experts_implementation, experts_class=experts_class)
         self.family = family
         self.source: OpenedCheckpoint | None = None
         self.load_report: LoadReport | None = None
+        self.step_header = place.attend(self) if place else None
         self.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id or None,
@@ -69,9 +71,32 @@ class CausalLM(Decoder):
         )
 
     @property
+    def ranks(self) -> "Ranks | None":
+        """The ranks that the model is spread over; None for a model of this process alone."""
+        return self.step_header.ranks if self.step_header else None
+
+    @property
+    def spread(self) -> "Spread | None":
+        """How it is spread over them."""
+        return on_ranks.spread_of(self) if self.step_header else None
+
+    @property
+    def boxes(self) -> Mapping[str, range]:
+        """The rows (axis 0) that this rank holds, of each tensor that it does not hold whole."""
+        return spread.boxes if (spread := self.spread) else {}
+
+    @property
     def plan(self) -> Plan | None:
-        """How the files filled this model; None for a model made from a config."""
+        """How the files fill the whole model, on all ranks; None for a model made from a config."""
         return self.source.plan if self.source else None
+
+    def targets(self) -> list[Target]:
+        """What a planner is to fill, of the whole model."""
+        return targets(self, self.spread)
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Gives every parameter and buffer its value, {name: tensor}, a tied one once; they had no memory so far."""
+        fill(self, tensors, self.spread)
 
     @property
     def device(self) -> torch.device:
@@ -101,10 +126,17 @@ class CausalLM(Decoder):
 
         options: those of moebius.generation.generate (attention_mask, max_new_tokens, do_sample, streamer, ...); what
         they and `generation_config` leave open comes from the checkpoint's generation_config.json.
-        Raises ArgumentError for an option that is unknown or not supported.
+        On ranks every one calls it: with the same prompts if the batch is shared, and rank 0 then chooses the tokens
+        and streams them; else with its own, as many and as long as they are.
+        Raises ArgumentError for an option that is unknown or not supported, RankError.
         """
         given = arguments.generation_config_of(generation_config).over(self.generation_config)
-        return generate(self, input_ids, generation_config=given, **options)
+        if self.step_header is None:
+            return generate(self, input_ids, generation_config=given, **options)
+        if self.step_header.batch == "shared" and not self.step_header.ranks.first:
+            options["streamer"] = None
+        with on_ranks.generating(self, self.step_header) as agree:
+            return generate(self, input_ids, generation_config=given, agree=agree, **options)
 
     def save_pretrained(
         self,
@@ -121,46 +153,23 @@ class CausalLM(Decoder):
         decoded or quantized while they were read is written anew, without what it does not use: plain, or as its form
         is published (docs/quantization.md).  layout: "published" writes any model anew in its family's layout, "packed"
         with the experts as they lie in memory.  checksums: also write SHA256SUMS, for check_tensors and for
-        `sha256sum -c`.  Other files of the folder stay.
+        `sha256sum -c`.  Other files of the folder stay.  On ranks every one calls it, and writes what it holds.
         Raises SaveError if it cannot be written; the folder then holds what it held.
         """
-        todo = self._save_plan(arguments.byte_count(max_shard_size), arguments.layout_of(layout))
+        todo = save_of(self, arguments.byte_count(max_shard_size), arguments.layout_of(layout))
+        ranks = self.ranks
         checkpoint.save(
             todo.plan,
             todo.tensors,
             path,
-            extra_files=self._described(todo),
+            extra_files=described(self, todo),
             progress=progress,
             checksums=checksums,
+            team=ranks,
+            boxes=todo.boxes,
         )
         if self.source and self.source.folder.resolve() == hub.local_path(path).resolve():
             self.source = _reopened(self.source)
-
-    def _save_plan(self, max_shard_bytes: int, layout: str | None) -> _Save:
-        tensors = {names[0]: tensor.detach() for names, tensor in _named_tensors(self)}
-        if self.plan and layout is None and not (self.plan.encoded or self.plan.packs):
-            return _Save(self.plan, tensors)
-        if self.plan and self.plan.skipped:
-            logger.warning("not written: %d tensors that the model does not use", len(self.plan.skipped))
-        rules = self.family.rules(self.config)
-        held = self.source.held if self.source else NOTHING_HELD
-        if held:
-            published = publish(rules, tensors, _packings(held), max_shard_bytes, packed=layout == "packed")
-            stored = write_stored_form(published.form, published.plain_modules)
-            return _Save(published.plan, published.tensors, stored)
-        kept = unmerged(rules) if layout == "packed" else rules
-        return _Save(reversing.from_nothing(kept, _targets(self), max_shard_bytes), tensors)
-
-    def _described(self, todo: _Save) -> dict[str, bytes]:
-        # what is written anew is described anew: the files' own words may speak of what is not there any more
-        raw = self.source.raw_config if self.source and todo.plan is self.plan else self.family.to_hf(self.config)
-        return model_folder.described(
-            raw,
-            dtype_name(self.dtype),
-            self.generation_config,
-            self.source and self.source.folder,
-            quantization_config=todo.quantization_config,
-        )
 
 
 class AutoModelForCausalLM:
@@ -181,6 +190,7 @@ class AutoModelForCausalLM:
         mapping: str = "auto",
         quantization: str | None = None,
         quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
+        distributed_config: DistributedConfig | Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         output_loading_info: bool = False,
         **options: Any,
@@ -200,46 +210,59 @@ class AutoModelForCausalLM:
         last bit), "never" copies them.
         quantization: "int8", "int4", "fp8" or "mxfp4" quantizes experts and linear layers while they are read;
         quantization_config says more (a QuantizationConfig or its fields).
+        distributed_config: a DistributedConfig, its fields, or transformers' object: experts are spread over the ranks
+        that torchrun started (without it, this process is the only one), each reads and holds its own; device_map then
+        stays out.  Every rank calls this; an error on one is raised on all.
         output_loading_info: give (model, info), as transformers does.  options: max_memory, the bytes that weights may
         take of each device ({0: "10GiB", "cpu": "30GiB"}; no other is used), revision, token, cache_dir,
         local_files_only, force_download; transformers' other arguments are accepted where they are true anyway and
         refused by name where they are not.
-        Raises ArgumentError, ConfigError, CheckpointError, BackendError, CapacityError, before a weight is read.
+        Raises ArgumentError, ConfigError, CheckpointError, BackendError, CapacityError, before a weight is read;
+        RankError.
         """
-        download = arguments.check_options(options)
-        wanted = arguments.device_map_of(device_map, options.get("max_memory"))
-        how = arguments.load_options(loading, mapping)
-        stages = Stages()
+        download, asked = arguments.check_options(options), arguments.distributed_config_of(distributed_config)
+        how, stages = arguments.load_options(loading, mapping), Stages()
+        name = arguments.dtype_name_of(arguments.either(dtype, options))
+        ranks = on_ranks.entered(asked)
+        wanted = on_ranks.devices(ranks, device_map, options.get("max_memory"))
         pinned = PinnedSlots() if any(map(placement.is_gpu, wanted.devices)) else None  # while the plan is made
-        opened, model = _opened(
-            name_or_path,
-            dtype=arguments.either(dtype, options),
-            weight_conversions=weight_conversions,
-            quantization=arguments.quantization_of(quantization, quantization_config),
-            experts_implementation=experts_implementation,
-            stages=stages,
-            **download,
-        )
-        model.source = opened
-        model.generation_config = GenerationConfig.from_pretrained(opened.folder)
-        devices = placement.place(wanted, opened.plan, free_bytes)
-        if "meta" not in devices.values():
-            for kind in {torch.device(device).type for device in devices.values()}:
-                model.experts_backend(kind)  # refused here if it cannot run, before a weight is read
-            check_room(opened.plan, devices)
-            with stages.timed("weights"):
-                loaded = checkpoint.load(
-                    opened.plan,
-                    device=devices,
-                    progress=progress,
-                    check_tensors=check_tensors,
-                    options=how,
-                    pinned=pinned,
-                )
-            _fill(model, loaded)
+        with on_ranks.together(ranks, f"opening {name_or_path}"):
+            folder = on_ranks.located(name_or_path, ranks, **download)
+            with stages.timed("files"):
+                here = found(folder, name)
+        place = on_ranks.arranged(ranks, asked, here.config)
+        with on_ranks.together(ranks, f"loading {folder}"):
+            opened, model = _planned(
+                here,
+                weight_conversions=weight_conversions,
+                quantization=arguments.quantization_of(quantization, quantization_config),
+                decoded=name is not None,
+                experts_implementation=experts_implementation,
+                place=place,
+                stages=stages,
+            )
+            on_ranks.shard(model, place)
+            model.source = opened
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+            plan = owned(opened.plan, model.boxes) if place else opened.plan
+            devices = placement.place(wanted, plan, free_bytes)
+            if "meta" not in devices.values():
+                for kind in {torch.device(device).type for device in devices.values()}:
+                    model.experts_backend(kind)  # refused here if it cannot run, before a weight is read
+                check_room(plan, devices)
+                with stages.timed("weights"):
+                    loaded = checkpoint.load(
+                        plan,
+                        device=devices,
+                        progress=progress,
+                        check_tensors=check_tensors,
+                        options=how,
+                        pinned=pinned,
+                    )
+                model.fill(loaded)
         model.eval()
-        model.load_report = LoadReport(opened.plan, stages.seconds)
-        logger.info("loaded %s: %s", opened.folder, model.load_report.timing())
+        model.load_report = LoadReport(plan, stages.seconds)
+        logger.info("loaded %s: %s", folder, model.load_report.timing())
         return (model, model.load_report.as_transformers()) if output_loading_info else model
 
     @classmethod
@@ -249,21 +272,27 @@ class AutoModelForCausalLM:
         *,
         dtype: str | torch.dtype | None = None,
         experts_implementation: str = "auto",
+        distributed_config: DistributedConfig | Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> CausalLM:
         """A new model, freshly initialised (normal with initializer_range, norms one, biases zero), on the CPU.
 
         config: a DecoderConfig, or the content of a config.json.  dtype: None or "auto" is the config's, else float32.
-        Raises ConfigError.
+        distributed_config: as from_pretrained takes it; each rank is then on its own device, and has of the model that
+        one process would make (which it makes, and drops) its experts and all the rest.
+        Raises ConfigError, ArgumentError, RankError.
         """
         raw = {"model_type": config.model_type} if isinstance(config, DecoderConfig) else config
         family = family_of(raw)
         decoder_config = config if isinstance(config, DecoderConfig) else family.from_hf(raw)
         name = arguments.dtype_name_of(dtype) or decoder_config.dtype or "float32"
-        model = _build(replace(decoder_config, dtype=name), family, experts_implementation).to_empty(device="cpu")
+        decoder_config = replace(decoder_config, dtype=name)
+        model = _build(decoder_config, family, experts_implementation).to_empty(device="cpu")
         model.tie_weights()
         model.init_weights(generator)
-        return model
+        asked = arguments.distributed_config_of(distributed_config)
+        place = on_ranks.arranged(on_ranks.entered(asked), asked, decoder_config)
+        return _spread(model, place, experts_implementation) if place else model
 
 
 @collection_paused()
@@ -279,51 +308,48 @@ def open_checkpoint(
 
     Arguments and errors as for AutoModelForCausalLM.from_pretrained.
     """
-    opened, _ = _opened(
-        name_or_path,
-        dtype=dtype,
+    name = arguments.dtype_name_of(dtype)
+    opened, _ = _planned(
+        found(hub.resolve(name_or_path, **download), name),
         weight_conversions=weight_conversions,
         quantization=quantization,
+        decoded=name is not None,
         experts_implementation="auto",
+        place=None,
         stages=Stages(),
-        **download,
     )
     return opened
 
 
-def _opened(
-    name_or_path: str | os.PathLike[str],
+def _planned(
+    here: FoundCheckpoint,
     *,
-    dtype: str | torch.dtype | None,
     weight_conversions: Sequence[Rule],
     quantization: QuantizationConfig | None,
+    decoded: bool,
     experts_implementation: str,
+    place: on_ranks.Place | None,
     stages: Stages,
-    **download: Any,
 ) -> tuple[OpenedCheckpoint, CausalLM]:
-    """As open_checkpoint; with the model, without memory for its weights."""
-    wanted = arguments.dtype_name_of(dtype)
-    folder = hub.resolve(name_or_path, **download)
-    with stages.timed("files"):
-        raw = model_folder.read_config(folder)
-        family = family_of(raw)
-        config = family.from_hf(raw)
-        files = checkpoint.open_files(folder)
-        refuse_more_than_stored(config, files)
-        config = replace(config, dtype=wanted or config.dtype or stored_dtype(files))
+    """As open_checkpoint; with the model, without memory for its weights.  decoded: no weight stays quantized."""
+    config, family = here.config, here.family
+    conversions = tuple(weight_conversions)
+    make = partial(_build, config, family, experts_implementation, place)
 
     def planned(model: CausalLM, *, keep: bool) -> Plan:
-        rules, form = family.rules(config), family.stored_form(raw)
-        return checkpoint.plan(files, rules, _targets(model), weight_conversions, form=form, keep=keep)
+        rules, form = family.rules(config), family.stored_form(here.raw_config)
+        return checkpoint.plan(here.files, rules, model.targets(), conversions, form=form, keep=keep)
 
     with stages.timed("plan"):
-        model = _build(config, family, experts_implementation)
+        model = make()
         plan = planned(model, keep=False)
-        if held := forms_for(model, quantization) if quantization else {} if wanted else stored_forms(plan, model):
-            model = _build(config, family, experts_implementation, held)
-            plan = quantized(plan, _packings(held)) if quantization else planned(model, keep=True)
-    conversions = tuple(weight_conversions)
-    return OpenedCheckpoint(folder, raw, family, config, str(config.dtype), files, plan, held, conversions), model
+        if held := forms_for(model, quantization) if quantization else {} if decoded else stored_forms(plan, model):
+            model = make(held)
+            plan = quantized(plan, packings(held)) if quantization else planned(model, keep=True)
+    opened = OpenedCheckpoint(
+        **vars(here), dtype=str(config.dtype), plan=plan, held=held, weight_conversions=conversions
+    )
+    return opened, model
 
 
 def _reopened(opened: OpenedCheckpoint) -> OpenedCheckpoint:
@@ -331,48 +357,38 @@ def _reopened(opened: OpenedCheckpoint) -> OpenedCheckpoint:
     return open_checkpoint(opened.folder, weight_conversions=opened.weight_conversions)
 
 
-def _packings(held: Mapping[str, Form]) -> dict[str, Packing]:
-    return {name: Packing(form, segments_of(name)) for name, form in held.items()}
-
-
 def _build(
-    config: DecoderConfig, family: Family, experts_implementation: str, held: Mapping[str, Form] = NOTHING_HELD
+    config: DecoderConfig,
+    family: Family,
+    experts_implementation: str,
+    place: on_ranks.Place | None = None,
+    held: Mapping[str, Form] = NOTHING_HELD,
 ) -> CausalLM:
     """The model without memory for its weights, in the config's dtype, `held` weights in their forms."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch_dtype(config.dtype or "float32"))
     try:
         with torch.device("meta"):
-            model = CausalLM(config, family, experts_implementation=experts_implementation)
+            model = CausalLM(config, family, experts_implementation=experts_implementation, place=place)
             hold(model, held)
             return model
     finally:
         torch.set_default_dtype(before)
 
 
-def _named_tensors(model: CausalLM) -> list[tuple[list[str], torch.Tensor]]:
-    """All that is saved of a model: each tensor once, with all its names."""
-    names: dict[int, list[str]] = {}
-    tensors = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    return [(group, tensors[group[0]]) for group in names.values()]
+def _spread(whole: CausalLM, place: on_ranks.Place, experts_implementation: str) -> CausalLM:
+    """What this rank has of a model that every rank has whole."""
+    model = _build(whole.config, whole.family, experts_implementation, place)
+    on_ranks.shard(model, place)
+    boxes = model.boxes
+    tensors = {names[0]: each.detach() for names, each in named_tensors(whole)}
+    mine = {
+        name: each[boxes[name].start : boxes[name].stop] if name in boxes else each for name, each in tensors.items()
+    }
+    model.fill({name: each.to(place.ranks.device, copy=True) for name, each in mine.items()})
+    return model
 
 
 def targets_of(config: DecoderConfig, family: Family) -> list[Target]:
     """What a plain model of this config wants filled, in the config's dtype."""
-    return _targets(_build(config, family, "auto"))
-
-
-def _targets(model: CausalLM) -> list[Target]:
-    """The model's tensors as the planner wants them: a tied one once, with its other names as aliases."""
-    return [
-        Target(name, tuple(tensor.shape), dtype_name(tensor.dtype), tuple(aliases))
-        for (name, *aliases), tensor in _named_tensors(model)
-    ]
-
-
-def _fill(model: CausalLM, tensors: Mapping[str, torch.Tensor]) -> None:
-    aliases = {alias: tensors[target.name] for target in _targets(model) for alias in target.aliases}
-    model.load_state_dict({**tensors, **aliases}, strict=True, assign=True)
-    model.tie_weights()
+    return _build(config, family, "auto").targets()

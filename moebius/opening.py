@@ -4,13 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from moebius import model_folder
+from moebius import checkpoint, model_folder
 from moebius.checkpoint import describe
 from moebius.checkpoint.comparing import FLOATS
 from moebius.checkpoint.converter import Rule
@@ -19,25 +19,34 @@ from moebius.checkpoint.planning import Plan
 from moebius.config import DecoderConfig
 from moebius.errors import CheckpointError, Fault
 from moebius.layers.quantized import can_hold
-from moebius.models import Family
+from moebius.models import Family, family_of
 from moebius.models.counting import count_parameters
 from moebius.quantization.forms import Form
 
 
 @dataclass(frozen=True)
-class OpenedCheckpoint:
-    """A checkpoint whose headers are read and whose plan is made; no weight was read.
+class FoundCheckpoint:
+    """A checkpoint whose config and headers are read.
 
-    raw_config: config.json as it stands.  dtype: of the model that the plan fills.  held: the weights that the model
-    holds in a quantized form, that in which they are stored or the one they are brought to.
+    raw_config: config.json as it stands.  config: the same, with the dtype that the model is to have.
     """
 
     folder: Path
     raw_config: Mapping[str, Any]
     family: Family
     config: DecoderConfig
-    dtype: str
     files: CheckpointFiles
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint(FoundCheckpoint):
+    """A checkpoint whose plan is made too; no weight was read.
+
+    dtype: of the model that the plan fills.  held: the weights that the model holds in a quantized form, that in which
+    they are stored or the one they are brought to.
+    """
+
+    dtype: str
     plan: Plan
     held: Mapping[str, Form]
     weight_conversions: tuple[Rule, ...] = ()
@@ -86,6 +95,18 @@ class LoadReport:
         """transformers' shape of it; what could fill the other sets was refused before."""
         skipped = {info.name for info, _ in self.plan.skipped}
         return {"missing_keys": set(), "unexpected_keys": skipped, "mismatched_keys": set(), "error_msgs": []}
+
+
+def found(folder: Path, dtype: str | None) -> FoundCheckpoint:
+    """dtype: of the model, None: the config's, else the files'.  ConfigError, CheckpointError."""
+    raw = model_folder.read_config(folder)
+    family = family_of(raw)
+    config = family.from_hf(raw)
+    files = checkpoint.open_files(folder)
+    refuse_more_than_stored(config, files)
+    return FoundCheckpoint(
+        folder, raw, family, replace(config, dtype=dtype or config.dtype or stored_dtype(files)), files
+    )
 
 
 def stored_forms(plan: Plan, model: nn.Module) -> Mapping[str, Form]:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
+from moebius.checkpoint.owning import owned
 from moebius.checkpoint.planning import Plan
+from moebius.distributed.layout import ExpertLayout
 from moebius.errors import ArgumentError, CapacityError, Fault
 
 CPU, CUDA = "cpu", "cuda:"
@@ -233,29 +235,24 @@ class RankShare:
 
 
 def rank_shares(plan: Plan, ranks: int) -> list[RankShare]:
-    """Of `ranks` ranks, each with a run of E/ranks experts of each layer, the first ones with one more if E does not
-    divide.  ArgumentError: less than one rank.
-    """
+    """Of `ranks` ranks that share the experts of every layer.  ArgumentError: less than one rank."""
     if ranks < 1:
         raise ArgumentError(f"ranks: expected 1 or more, found {ranks}")
-    reads = Counter[str]()
-    for way in (*plan.reads, *plan.decodes, *plan.packs):
-        elements = math.prod(way.info.shape)
-        for part in way.parts:
-            reads[part.name] += way.info.nbytes * math.prod(part.shape) // max(1, elements)
-    holds = {name: target.nbytes for name, target in plan.targets.items()}
-    rest = plan.bytes_to_read - sum(reads.values())  # second copies, which every rank compares
-    totals = ((_of_rank(plan, reads, rank, ranks), _of_rank(plan, holds, rank, ranks)) for rank in range(ranks))
-    return [RankShare(read + rest, held) for read, held in totals]
+    boxes = [_boxes(plan, rank, ranks) for rank in range(ranks)]
+    counts = [tuple(map(len, mine.values())) for mine in boxes]
+    shares = {count: _share(plan, mine) for count, mine in dict(zip(counts, boxes, strict=True)).items()}
+    return [shares[count] for count in counts]  # ranks with as many experts have as many bytes: a layer's are alike
 
 
-def _of_rank(plan: Plan, nbytes: Mapping[str, int], rank: int, ranks: int) -> int:
-    total = 0
-    for name, count in nbytes.items():
-        experts = plan.targets[name].shape[0] if _holds_experts(name) else 0
-        mine = experts // ranks + (rank < experts % ranks)
-        total += count * mine // experts if experts else count
-    return total
+def _share(plan: Plan, boxes: Mapping[str, range]) -> RankShare:
+    mine = owned(plan, boxes)
+    return RankShare(mine.bytes_to_read, mine.target_bytes)
+
+
+def _boxes(plan: Plan, rank: int, ranks: int) -> dict[str, range]:
+    """Which experts a rank holds, of each tensor that has any."""
+    names = (name for name in plan.targets if _holds_experts(name))
+    return {name: ExpertLayout(plan.targets[name].shape[0], ranks).experts_of(rank) for name in names}
 
 
 def _holds_experts(name: str) -> bool:

@@ -21,8 +21,25 @@ LEVELS = (
 )
 OPEN_TO_ALL = {"errors", "tokenizer"}
 # Parts of the front door, at its level.
-FRONT = {"arguments": "auto", "placement": "auto", "model_folder": "auto", "auto_tokenizer": "auto", "opening": "auto"}
-EXCEPTIONS = {"integrations": {"experts", "quantization", "config"}, "tokenizer": set(), "errors": set()}
+FRONT = dict.fromkeys(
+    (
+        "arguments",
+        "auto_tokenizer",
+        "model_folder",
+        "model_saving",
+        "model_tensors",
+        "on_ranks",
+        "opening",
+        "placement",
+    ),
+    "auto",
+)
+EXCEPTIONS = {
+    "__main__": {"cli"},
+    "integrations": {"experts", "quantization", "config"},
+    "tokenizer": set(),
+    "errors": set(),
+}
 TORCH_FREE = {
     "config.py",
     "errors.py",
@@ -32,6 +49,8 @@ TORCH_FREE = {
     "checkpoint/converter.py",
     "checkpoint/conversion.py",
     "checkpoint/planning.py",
+    "checkpoint/owning.py",
+    "checkpoint/sharing.py",
 }
 
 

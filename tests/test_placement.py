@@ -18,7 +18,17 @@ from moebius.checkpoint.loading import check_room, needed_bytes
 from moebius.experts.interface import ALL_EXPERTS_FUNCTIONS
 from moebius.generation.cache import KeyValueCache
 from moebius.layers import decoder as decoder_module
-from moebius.placement import STRATEGIES, Modules, Strategy, by_modules, hf_device_map, parts_of, place, split
+from moebius.placement import (
+    STRATEGIES,
+    Modules,
+    Strategy,
+    by_modules,
+    hf_device_map,
+    parts_of,
+    place,
+    rank_shares,
+    split,
+)
 from tests.checkpoint.folders import numbered, planned, targets, write
 from tests.families import tiny_config
 from tests.layers.test_decoder import ids, tiny_decoder
@@ -161,6 +171,28 @@ def test_a_tied_head_goes_with_its_embedding():
     assert by_modules(parts, {"model": "cuda:0"}, ties)
     with pytest.raises(ArgumentError, match="tied weight on two devices"):
         by_modules(parts, {"model": "cuda:0", "lm_head": "cpu"}, ties)
+
+
+# --- ranks ---
+
+
+def experts_of(counts: dict[str, int], folder) -> checkpoint.Plan:
+    """A plan of layers with so many experts of 24 bytes each, and a norm of 12."""
+    shapes = {f"model.layers.{layer}.mlp.experts.w": (count, 2, 3) for layer, count in counts.items()}
+    wanted = targets(**shapes, **{"model.norm.weight": (3,)})
+    return planned(write(folder, {target.name: numbered(*target.shape) for target in wanted}), [], wanted)
+
+
+def test_each_rank_holds_its_share_of_every_layers_experts_and_all_of_the_rest(tmp_path):
+    plan = experts_of({"0": 5, "1": 3}, tmp_path)
+    shares = rank_shares(plan, 4)
+    assert [share.holds for share in shares] == [12 + 24 * experts for experts in (3, 2, 2, 1)]
+    assert [share.reads for share in shares] == [share.holds for share in shares]
+    assert rank_shares(plan, 1)[0].reads == plan.bytes_to_read
+
+
+def test_of_more_ranks_than_experts_some_hold_the_rest_alone(tmp_path):
+    assert [share.holds for share in rank_shares(experts_of({"0": 2}, tmp_path), 3)] == [36, 36, 12]
 
 
 # --- as arguments ---

@@ -1,7 +1,7 @@
 """Checkpoints of the shape of published models, to be measured with: their layout is true, their weights are noise."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from moebius.checkpoint import reversing
 from moebius.checkpoint.files import CODES, TensorInfo
 from moebius.models import family_of
 
-NOISE_BYTES = 8 << 20
+NOISE = 4_194_301  # numbers, after which they repeat; a prime, so that no two experts are alike
+ONE = b"\x80\x3f"  # in bfloat16
 
 QWEN3_30B_A3B: Mapping[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -37,14 +38,14 @@ QWEN3_30B_A3B: Mapping[str, Any] = {
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], max_shard_bytes: int = 4_000_000_000) -> int:
-    """Writes config.json and shards of small normal noise as transformers lays them out: split in the model's order, in
-    each file by name, the header padded to 8 bytes.  Gives the bytes of all weights.
+    """Writes config.json and shards of small normal noise, norms of ones, as transformers lays them out: split in the
+    model's order, in each file by name, the header padded to 8 bytes.  Gives the bytes of all weights.
     """
     folder.mkdir(parents=True)
     family = family_of(config)
     decoder = family.from_hf(config)
     plan = reversing.from_nothing(family.rules(decoder), targets_of(decoder, family), max_shard_bytes)
-    noise = (torch.randn(NOISE_BYTES // 2) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
+    noise = Noise()
     weight_map = {}
     for shard in plan.shards:
         infos = sorted(reversing.infos(shard), key=lambda info: info.name)
@@ -57,7 +58,23 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], max_shard_bytes: i
     return plan.nbytes
 
 
-def _write(path: Path, infos: Sequence[TensorInfo], noise: bytes) -> None:
+class Noise:
+    """Bytes of bfloat16 numbers, normal with a deviation of 0.02, one after the other."""
+
+    def __init__(self) -> None:
+        self._bytes = (torch.randn(NOISE) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
+        self._at = 0
+
+    def of(self, nbytes: int) -> Iterator[bytes]:
+        """The next so many, in pieces."""
+        while nbytes:
+            piece = self._bytes[self._at : self._at + nbytes]
+            self._at = (self._at + len(piece)) % len(self._bytes)
+            nbytes -= len(piece)
+            yield piece
+
+
+def _write(path: Path, infos: Sequence[TensorInfo], noise: Noise) -> None:
     header, left = dict[str, Any](), 0
     for info in infos:
         offsets = [left, left + info.nbytes]
@@ -67,6 +84,6 @@ def _write(path: Path, infos: Sequence[TensorInfo], noise: bytes) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        while left:
-            file.write(noise[: min(left, len(noise))])
-            left -= min(left, len(noise))
+        for info in infos:
+            of_ones = info.name.endswith("norm.weight")  # noise there would leave nothing of what a layer computes
+            file.writelines([ONE * (info.nbytes // 2)] if of_ones else noise.of(info.nbytes))

@@ -70,11 +70,20 @@ def _blob_name(shard: ShardFile) -> str | None:
     return real.name if real.parent.name == "blobs" and _DIGEST.fullmatch(real.name) else None
 
 
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb", buffering=0) as file:
+        return _digest_of(file.fileno())
+
+
 def _digest(shard: ShardFile) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
     with opened(shard) as descriptor:
-        offset = 0
-        while count := os.preadv(descriptor, [buffer], offset):
-            digest.update(buffer[:count])
-            offset += count
+        return _digest_of(descriptor)
+
+
+def _digest_of(descriptor: int) -> str:
+    digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(_READ_BYTES)), 0
+    while count := os.preadv(descriptor, [buffer], offset):
+        digest.update(buffer[:count])
+        offset += count
     return digest.hexdigest()

@@ -49,7 +49,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "rows": [asdict(row) for row in _rows(plan)],
         "skipped": [{"key": info.name, "bytes": info.nbytes, "reason": reason} for info, reason in plan.skipped],
         "tied": [{"key": info.name, "target": target} for info, target in plan.doubles],
-        "tensors": len(plan.reads) + len(plan.decodes) + len(plan.packs),
+        "tensors": len(plan.ways),
         "parameters": len(plan.targets),
         "bytes_to_read": plan.bytes_to_read,
         "target_bytes": plan.target_bytes,
@@ -61,10 +61,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _rows(plan: Plan) -> list[Row]:
     """Conversions by what they do; tensors that are copied under their own name share a row a cast."""
     groups: dict[tuple[str, str, tuple[str, ...], str], list[int]] = {}
+    taken = Counter[str]()
+    for way in plan.ways:
+        taken[way.info.name] += way.nbytes
     for conversion in plan.conversions:
         tally = groups.setdefault(_way(plan, conversion), [0, 0])
         tally[0] += len(conversion.keys)
-        tally[1] += sum(plan.stored[key].nbytes for key in conversion.keys)
+        tally[1] += sum(taken[plan.stored[key].name] for key in conversion.keys)
     return [Row(count, nbytes, *way) for way, (count, nbytes) in groups.items()]
 
 
@@ -95,8 +98,7 @@ def _row_line(row: Row) -> str:
 
 def _totals(plan: Plan) -> str:
     shards = "1 file" if len(plan.files.shards) == 1 else f"{len(plan.files.shards)} files"
-    tensors = len(plan.reads) + len(plan.decodes) + len(plan.packs)
-    counts = f"{tensors:,} tensors in {shards} -> {len(plan.targets):,} parameters"
+    counts = f"{len(plan.ways):,} tensors in {shards} -> {len(plan.targets):,} parameters"
     rest = f"skipped {len(plan.skipped)}, missing 0, unexpected 0"
     reads = f"reads {size(plan.bytes_to_read)}{_quantized(plan)}"
     return f"{counts}; {rest}\n{reads}; peak memory {size(plan.peak_bytes)}"

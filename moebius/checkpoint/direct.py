@@ -3,6 +3,9 @@
 There the pages would be a second copy of everything, in fresh memory; and since a save waits for the disk anyway,
 nothing is won by handing it to the cache first.  Where a file system does not take direct writes (some network ones),
 they go through the cache.
+
+A file that several processes fill has its length from the beginning, and takes their bytes in any order, through the
+cache: what two of them write may share a block.
 """
 
 import errno
@@ -49,6 +52,28 @@ def new_file(path: Path, nbytes: int) -> Iterator[Sink]:
         yield sink
         if (found := sink.finish()) != nbytes:
             raise AssertionError(f"{path}: {found} bytes were written, expected {nbytes}")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sized_file(path: Path, header: bytes, nbytes: int) -> None:
+    """A file that is not there yet, of `nbytes`, of which only the header is written."""
+    descriptor = _create(path, 0)
+    try:
+        write_at(descriptor, memoryview(header), 0)
+        os.ftruncate(descriptor, nbytes)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def standing_file(path: Path) -> Iterator[int]:
+    """A descriptor to write to a file that is there; flushed to the disk when the block ends well."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

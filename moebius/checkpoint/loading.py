@@ -201,7 +201,7 @@ class _Loader:
                 self._send(mine, device)
         for decode in self._plan.decodes:  # on this thread: its arithmetic spreads over the processors itself
             read_decoded(decode, self._tensors, self._shards.read_into)
-            self._advance(decode.info.nbytes)
+            self._advance(decode.nbytes)
         faults = [*self._pack_all(check), *(self._nan() if check else ()), *self._doubles(), *self._constants()]
         self._refuse(faults)
         self._shards.check()

@@ -288,6 +288,11 @@ def narrow_part(part: Part, axis: int, start: int, size: int) -> Part | None:
     return Part(part.name, shape, origin, _moved(part.place, axis, first * step - start))
 
 
+def swapped(part: Part) -> Part:
+    """The part seen from the other side: its place is what was its origin."""
+    return Part(part.name, part.shape, part.place, part.origin)
+
+
 def _moved(region: Region, axis: int, by: int) -> Region:
     start = (*region.start[:axis], region.start[axis] + by, *region.start[axis + 1 :])
     return Region(start, region.axes, region.steps)

@@ -60,6 +60,11 @@ class Read:
     info: TensorInfo
     parts: tuple[Part, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of what is read."""
+        return _payload(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Decode:
@@ -67,6 +72,11 @@ class Decode:
 
     info: Encoded
     parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is read."""
+        return _payload(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +127,12 @@ class Plan:
     @cached_property
     def bytes_to_read(self) -> int:
         others = (*(info for info, _ in self.doubles), *(constant.info for constant in self.constants))
-        ways = (*self.reads, *self.decodes, *self.packs)
-        return sum(map(_payload, ways)) + sum(info.nbytes for info in others)
+        return sum(way.nbytes for way in self.ways) + sum(info.nbytes for info in others)
+
+    @property
+    def ways(self) -> "tuple[Read | Decode | Pack, ...]":
+        """All that is read into targets."""
+        return (*self.reads, *self.decodes, *self.packs)
 
     @cached_property
     def encoded(self) -> Mapping[str, Form]:
@@ -154,7 +168,7 @@ class Plan:
 
 
 def _payload(way: Read | Decode | Pack) -> int:
-    """The stored bytes of its parts: all of the tensor's, unless other ways take the rest."""
+    """The stored bytes of its parts: all of the tensor's, unless other ways, or other processes, take the rest."""
     elements = math.prod(way.info.shape)
     taken = sum(math.prod(part.shape) for part in way.parts)
     return way.info.nbytes * taken // elements if elements else 0

@@ -8,6 +8,7 @@ ends on both sides, run backwards and bring each to the hub's layout, and the pl
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from moebius.checkpoint.comparing import FLOATS
 from moebius.checkpoint.converter import Rule, WeightConverter
 from moebius.checkpoint.encodings import WEIGHT, Ends, ends_of
+from moebius.checkpoint.owning import WHOLE
 from moebius.checkpoint.planning import Target
 from moebius.checkpoint.quantizing import Packing
 from moebius.checkpoint.reading import dtype_name
@@ -22,14 +24,20 @@ from moebius.checkpoint.reversing import SavePlan, from_nothing, infos
 from moebius.errors import Fault, SaveError
 from moebius.quantization.forms import Form
 
+Shapes = Mapping[str, tuple[int, ...]]
+AS_HELD: Shapes = {}
+
 
 @dataclass(frozen=True)
 class Publication:
-    """plan: what is to be written.  tensors: what it is written from.  form: of all that is quantized."""
+    """plan: what is to be written.  tensors: what it is written from, of some of them the rows in `boxes` alone.  form:
+    of all that is quantized.
+    """
 
     plan: SavePlan
     tensors: Mapping[str, Tensor]
     form: Form
+    boxes: Mapping[str, range]
 
     @property
     def plain_modules(self) -> list[str]:
@@ -46,10 +54,13 @@ def publish(
     max_shard_bytes: int,
     *,
     packed: bool = False,
+    shapes: Shapes = AS_HELD,
+    boxes: Mapping[str, range] = WHOLE,
 ) -> Publication:
     """The save of a model, {name: tensor}, whose `held` weights are quantized: values by name, scales at <name>_scale.
 
-    packed: the experts of a layer in one tensor, which is published for mxfp4 alone.
+    packed: the experts of a layer in one tensor, which is published for mxfp4 alone.  boxes: the rows (axis 0) that
+    this process has of tensors that it does not hold whole; shapes: of these tensors, whole.
     SaveError: weights for which the family has no published layout in that form, all of them named.
     """
     form = _only_form(held)
@@ -57,13 +68,14 @@ def publish(
     ends = ends_of(form)
     twins = [twin for rule in rules if isinstance(rule, WeightConverter) for twin in _twins(rule, ends)]
     _check(held, form, ends, twins)
-    saved = dict(tensors)
-    for name, packing in held.items():
-        values, scales = saved.pop(name), saved.pop(f"{name}_scale")
-        saved |= {name + ends.values: values, name + ends.scales: scales}
-        saved |= {name + ends.shape: _shapes(values, packing)} if ends.shape else {}
-    targets = [Target(name, tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in saved.items()]
-    return Publication(from_nothing([*twins, *rules], targets, max_shard_bytes), saved, form)
+    saved = list(_saved(tensors, held, ends, shapes, boxes))
+    targets = [Target(one.name, one.shape, dtype_name(one.tensor.dtype)) for one in saved]
+    return Publication(
+        from_nothing([*twins, *rules], targets, max_shard_bytes),
+        {one.name: one.tensor for one in saved},
+        form,
+        {one.name: one.box for one in saved if one.box is not None},
+    )
 
 
 def unmerged(rules: Sequence[Rule]) -> tuple[Rule, ...]:
@@ -107,7 +119,32 @@ def _check(held: Mapping[str, Packing], form: Form, ends: Ends, twins: Sequence[
         )
 
 
-def _shapes(values: Tensor, packing: Packing) -> Tensor:
-    """What `weight_shape` says of each of the stacked matrices: [..., 2 * segments] int64."""
-    *lead, rows, width = packing.form.weight_shape(values.shape)
+class _Saved(NamedTuple):
+    """A tensor under the name that it is saved under.  shape: of the whole, of which it is the rows in `box`."""
+
+    name: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+    box: range | None
+
+
+def _saved(
+    tensors: Mapping[str, Tensor], held: Mapping[str, Packing], ends: Ends, shapes: Shapes, boxes: Mapping[str, range]
+) -> Iterator[_Saved]:
+    def under(name: str, own: str) -> _Saved:
+        return _Saved(name, tensors[own], shapes.get(own, tuple(tensors[own].shape)), boxes.get(own))
+
+    scales = {f"{name}_scale" for name in held}
+    yield from (under(name, name) for name in tensors if name not in held and name not in scales)
+    for name, packing in held.items():
+        yield (values := under(name + ends.values, name))
+        yield under(name + ends.scales, f"{name}_scale")
+        if ends.shape:
+            said = _said(values.tensor.shape, packing)
+            yield _Saved(name + ends.shape, said, (*values.shape[:-2], *said.shape[-1:]), values.box)
+
+
+def _said(values: Sequence[int], packing: Packing) -> Tensor:
+    """What `weight_shape` says of each of the stacked matrices, for values of this shape: [..., 2 * segments] int64."""
+    *lead, rows, width = packing.form.weight_shape(values)
     return torch.tensor([rows // packing.segments, width] * packing.segments).expand(*lead, -1).contiguous()

@@ -39,8 +39,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class SavePlan:
+    """shapes: of the model's tensors, whole."""
+
     shards: tuple[Shard, ...]
     index: bytes | None
+    shapes: Mapping[str, tuple[int, ...]]
 
     @property
     def nbytes(self) -> int:
@@ -60,10 +63,11 @@ def as_loaded(plan: Plan, dtypes: Mapping[str, str]) -> SavePlan:
     reads = {read.info.name: read for read in plan.reads}
     reads |= {info.name: _double(info, plan.targets[name]) for info, name in plan.doubles}
     now = {key: dtypes[read.parts[0].name] if read.parts else read.info.dtype for key, read in reads.items()}
+    shapes = _shapes(plan.targets.values())
     if all(now[key] == read.info.dtype for key, read in reads.items()):
-        return SavePlan(tuple(_same_shard(shard, reads) for shard in plan.files.shards), plan.files.index)
+        return SavePlan(tuple(_same_shard(shard, reads) for shard in plan.files.shards), plan.files.index, shapes)
     shards = tuple(_retyped_shard(shard, reads, now) for shard in plan.files.shards)
-    return SavePlan(shards, index_of(shards) if plan.files.index else None)
+    return SavePlan(shards, index_of(shards) if plan.files.index else None, shapes)
 
 
 def from_nothing(rules: Iterable[Rule], targets: Iterable[Target], max_shard_bytes: int = MAX_SHARD_BYTES) -> SavePlan:
@@ -75,13 +79,17 @@ def from_nothing(rules: Iterable[Rule], targets: Iterable[Target], max_shard_byt
     groups = list(_grouped(reads, max_shard_bytes))
     names = [SINGLE_FILE] if len(groups) == 1 else [_shard_name(at, len(groups)) for at in range(len(groups))]
     shards = tuple(_new_shard(name, group) for name, group in zip(names, groups, strict=True))
-    return SavePlan(shards, index_of(shards) if len(shards) > 1 else None)
+    return SavePlan(shards, index_of(shards) if len(shards) > 1 else None, _shapes(wanted.values()))
 
 
 def renamed(plan: SavePlan, names: Mapping[str, str]) -> SavePlan:
     """The same tensors in files of other names ({old: new}); they get an index."""
     shards = tuple(replace(shard, name=names[shard.name]) for shard in plan.shards)
-    return SavePlan(shards, index_of(shards))
+    return replace(plan, shards=shards, index=index_of(shards))
+
+
+def _shapes(targets: Iterable[Target]) -> dict[str, tuple[int, ...]]:
+    return {target.name: target.shape for target in targets}
 
 
 # --- as it was loaded --------------------------------------------------------------------------------------------
@@ -110,7 +118,7 @@ def _retyped_shard(shard: ShardFile, reads: Mapping[str, Read], now: Mapping[str
 
 
 def _published(rules: Sequence[WeightConverter], targets: Mapping[str, Target]) -> Iterator[Conversion]:
-    shapes = {name: target.shape for name, target in targets.items()}
+    shapes = _shapes(targets.values())
     done: set[str] = set()
     for name, target in targets.items():
         if name in done:

@@ -1,4 +1,5 @@
-"""Runs a save plan: several shards at once, each written by one thread from its first byte to its last.
+"""Runs a save plan: several shards at once, each written by one thread from its first byte to its last.  Where several
+processes write, each puts its jobs at their places in files that are there already.
 
 A file system lets one writer at a time into a file (ext4 and xfs do), so that more threads a file only wait for one
 another.  A run is bytes that lie in a tensor as they will lie in the file: they are written from where they are.  What
@@ -7,8 +8,9 @@ is rearranged or cast is put together in slabs, stretches of the file of at most
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -17,12 +19,13 @@ import torch
 from torch import Tensor
 
 from moebius.checkpoint.blocks import Block, is_run
-from moebius.checkpoint.direct import new_file
+from moebius.checkpoint.direct import new_file, standing_file, write_at
 from moebius.checkpoint.fetching import WRITE_BYTES, Lane, block_in, lanes_to
 from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
 from moebius.checkpoint.operations import Part, narrow_part
 from moebius.checkpoint.planning import STAGING_BYTES, Read
 from moebius.checkpoint.pool import run_all
+from moebius.checkpoint.quantizing import span
 from moebius.checkpoint.reading import Shards, torch_dtype
 from moebius.checkpoint.reversing import SavePlan, Shard
 
@@ -83,6 +86,23 @@ def write_shards(
     return writer.digests
 
 
+def fill_shards(
+    folder: Path,
+    share: SavePlan,
+    tensors: Tensors,
+    source: Shards,
+    *,
+    threads: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes a share of a plan into the files of `folder`, which have their headers and lengths, and flushes them.
+
+    tensors: as the share's origins count.  The rest as in `write_shards`.
+    """
+    writer = _Writer(folder, tensors, source, threads, advance)
+    run_all(share.shards, writer.fill, min(threads, len(share.shards)))
+
+
 class _Writer:
     def __init__(
         self,
@@ -91,7 +111,7 @@ class _Writer:
         source: Shards,
         threads: int,
         advance: Callable[[int], None],
-        checksums: bool,
+        checksums: bool = False,
     ):
         self._folder, self._source, self._advance, self._checksums = folder, source, advance, checksums
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -114,13 +134,28 @@ class _Writer:
         if self._checksums:
             self.digests[shard.name] = digest.hexdigest()
 
+    def fill(self, shard: Shard) -> None:
+        """What the shard has tensors of, in its places."""
+        lanes = self._lanes.get()
+        with standing_file(self._folder / shard.name) as descriptor:
+            for job in sorted(jobs_of(shard, self._tensors), key=lambda job: job.offset):
+                offset = job.offset
+                for held in self._pieces(job, lanes):
+                    write_at(descriptor, held, offset)
+                    offset += len(held)
+                self._done(job)
+        self._lanes.put(lanes)
+
     def _all(self, shard: Shard, lanes: Mapping[torch.device, Lane]) -> Iterator[memoryview]:
         """The whole file, in order; the bytes hold until the next are asked for."""
         yield memoryview(shard.header)
         for job in sorted(jobs_of(shard, self._tensors), key=lambda job: job.offset):
             yield from self._pieces(job, lanes)
-            with self._lock:
-                self._advance(job.nbytes)
+            self._done(job)
+
+    def _done(self, job: Job) -> None:
+        with self._lock:
+            self._advance(job.nbytes)
 
     def _pieces(self, job: Job, lanes: Mapping[torch.device, Lane]) -> Iterator[memoryview]:
         match job:
@@ -151,7 +186,7 @@ class _Writer:
 
 
 def jobs_of(shard: Shard, tensors: Tensors) -> Iterator[Job]:
-    """Everything of a shard behind its header: every byte once, in no order."""
+    """Everything of a shard behind its header that has a place in the tensors: every byte once, in no order."""
     for read in shard.reads:
         yield from _jobs_of_read(read, tensors)
     yield from (Carried(info.offset, info.nbytes, stored) for info, stored in shard.carried if info.nbytes)
@@ -165,7 +200,7 @@ def _jobs_of_read(read: Read, tensors: Tensors) -> Iterator[Job]:
         for block, name in held:
             yield from _runs(info, block, name)
     else:
-        yield from _slabs(info, 0, info.shape, read.parts, info.offset)
+        yield from _filled(info, 0, info.shape, read.parts, info.offset)
 
 
 def _runs(info: TensorInfo, block: Block, name: str) -> Iterator[Run]:
@@ -174,6 +209,30 @@ def _runs(info: TensorInfo, block: Block, name: str) -> Iterator[Run]:
     for done in range(0, math.prod(block.shape), step):
         length = min(step, block.length - done)
         yield Run(info.offset + (block.start + done) * size, length * size, name, block.offset + done, length)
+
+
+def _filled(info: TensorInfo, axis: int, shape: tuple[int, ...], parts: Sequence[Part], offset: int) -> Iterator[Slab]:
+    """Slabs of what the parts fill of the box, which has one row of each axis before `axis`.
+
+    Where they leave gaps, which other processes fill, the box is cut along the axis at the parts' borders; rows that
+    are still not full go on along the next axis.
+    """
+    taken = sum(math.prod(part.shape) for part in parts)
+    if taken == math.prod(shape):
+        yield from _slabs(info, axis, shape, tuple(parts), offset)
+    elif taken:
+        row = math.prod(shape[axis + 1 :]) * ITEM_BYTES[info.dtype]
+        for first, end in pairwise(_borders(parts, axis, shape[axis])):
+            inside = [kept for part in parts if (kept := narrow_part(part, axis, first, end - first))]
+            narrowed = (*shape[:axis], end - first, *shape[axis + 1 :])
+            yield from _filled(info, axis + (end - first == 1), narrowed, inside, offset + first * row)
+
+
+def _borders(parts: Sequence[Part], axis: int, size: int) -> list[int]:
+    """Where to cut an axis: where parts begin and end, or, if that is at its ends alone, at every row."""
+    spans = [span(part.place, part.shape, axis) for part in parts]
+    ends = {end for start, step, count in spans for end in (start, start + step * (count - 1) + 1)}
+    return sorted({0, size, *ends}) if ends - {0, size} else list(range(size + 1))
 
 
 def _slabs(info: TensorInfo, axis: int, shape: tuple[int, ...], parts: tuple[Part, ...], offset: int) -> Iterator[Slab]:

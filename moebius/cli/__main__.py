@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moebius
+from moebius.cli import launched
 from moebius.cli.bench import bench
 from moebius.cli.chat import chat
 from moebius.cli.convert import convert
@@ -23,14 +24,15 @@ from moebius.cli.plan import plan
 from moebius.errors import MoebiusError
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
+    "demo": launched.by_first_rank(demo),
     "generate": generate,
-    "chat": chat,
-    "inspect": inspect,
-    "plan": plan,
-    "convert": convert,
-    "env": env,
+    "chat": launched.alone(chat),
+    "inspect": launched.by_first_rank(inspect),
+    "plan": launched.by_first_rank(plan),
+    "convert": launched.by_first_rank(convert),
+    "env": launched.by_first_rank(env),
 }
+"""By name; what several processes do that torchrun starts is said here too."""
 
 EXIT_CODES = {
     0: "done",
@@ -38,6 +40,7 @@ EXIT_CODES = {
     2: "usage: the nearest command or flag is named",
     3: "an input was refused",
     4: "it does not fit into memory; said before a weight is read",
+    5: "another rank failed, or did not answer in time",
     130: "interrupted (SIGINT)",
     143: "terminated (SIGTERM)",
 }
@@ -86,6 +89,8 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
+    if launched.rank() > 0:
+        launched.hush()
     code = run(sys.argv[1:] if arguments is None else arguments)
     try:
         sys.stdout.flush()
@@ -93,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # Nobody reads any more; without this the interpreter would complain when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if launched.rank() > 0:
+        launched.end(code)
     sys.exit(code)
 
 

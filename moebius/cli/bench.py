@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from moebius.cli import launched
 from moebius.cli.console import open_console, print_json, print_result
 from moebius.cli.options import DtypeOption, Json, Quiet, Verbose
 
@@ -38,8 +39,25 @@ Table = Annotated[
     Path | None, typer.Option("--tune", help="Instead: try tiles for the fused forward, and write a table there.")
 ]
 
+RankCount = Annotated[
+    int | None, typer.Option("--ranks", min=1, help="Processes, each with a GPU. [default: torchrun's, else 2]")
+]
+PromptTokens = Annotated[int, typer.Option("--tokens", min=16, help="Tokens of each rank's prompt.")]
+Rows = Annotated[int, typer.Option("--rows", min=1, help="Sequences in all, in decode.")]
+Cached = Annotated[int, typer.Option("--cached", min=1, help="Tokens that each of them has, in decode.")]
+Launches = Annotated[int, typer.Option("--rounds", min=1, help="Launches of each way, in turns; the median counts.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed calls of a launch; the median counts.")]
+Seconds = Annotated[float, typer.Option("--seconds", min=1.0, help="How long a launch may take.")]
+
+NvLink = Annotated[float, typer.Option("--nvlink", help="GB/s that a GPU sends to others of its node; measured.")]
+InfiniBand = Annotated[float, typer.Option("--infiniband", help="GB/s that a GPU sends to other nodes; assumed.")]
+TeraFlops = Annotated[float, typer.Option("--tflops", help="TFLOP/s of the experts' products; measured.")]
+Memory = Annotated[float, typer.Option("--memory", help="GB of a GPU.")]
+Measured = Annotated[Path, typer.Option("--measured", help="A report of `bench parallel` to hold it against.")]
+
 
 @bench.command("load")
+@launched.by_first_rank
 def load(
     layers: Layers = 3,
     rounds: Rounds = 5,
@@ -74,6 +92,7 @@ def load(
 
 
 @bench.command("experts")
+@launched.by_first_rank
 def experts(
     shape: ShapeNames = None,
     tokens: Tokens = None,
@@ -112,9 +131,78 @@ def experts(
         print_result(suite.table(report))
 
 
+@bench.command("parallel")
+@launched.by_first_rank
+def parallel(
+    ranks: RankCount = None,
+    layers: Layers = 12,
+    folder: Where = None,
+    tokens: PromptTokens = 8192,
+    rows: Rows = 8,
+    cached: Cached = 512,
+    way: Ways = None,
+    rounds: Launches = 1,
+    repeats: Repeats = 7,
+    seconds: Seconds = 240.0,
+    device: On = "cuda",
+    dtype: DtypeOption = "auto",
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """How fast experts over several GPUs are: loading, prefill, decode, exchanges, beside one GPU and transformers."""
+    console = open_console(quiet, verbose)
+    import os
+
+    from moebius.bench import parallel as suite
+
+    size = ranks or int(os.environ.get("WORLD_SIZE", "2"))
+    request = suite.Request(
+        device, size, layers, folder, dtype, tokens, rows, cached, way or (), rounds, repeats, seconds
+    )
+    report = suite.run(request, console.note, _command())
+    if out:
+        from moebius.bench.parallel_picture import draw_parallel
+        from moebius.bench.reports import write_report
+
+        write_report(report, out, draw_parallel)
+    if json:
+        print_json(report)
+    else:
+        from moebius.bench.parallel_rows import table
+
+        print_result(table(report))
+    suite.refuse_wrong(report)
+
+
+@bench.command("scaling")
+@launched.by_first_rank
+def scaling(
+    nvlink: NvLink = 310.0,
+    infiniband: InfiniBand = 42.5,
+    tflops: TeraFlops = 493.0,
+    memory: Memory = 141.0,
+    measured: Measured = Path("benchmarks/parallel_h200.json"),
+    json: Json = False,
+) -> None:
+    """What expert parallelism should cost on 8 to 1024 GPUs: arithmetic, beside a measurement where there is one."""
+    from json import loads
+
+    from moebius.bench import scaling as model
+
+    rates = model.Rates(nvlink * 1e9, infiniband * 1e9, tflops * 1e12, memory * 1e9)
+    report = model.run(rates, loads(measured.read_text()) if measured.exists() else None)
+    if json:
+        print_json(report)
+    else:
+        print_result(model.table(report))
+
+
 def _command() -> str:
-    """The command as it was given, for the report."""
+    """The command as it was given, for the report; of a path its last name alone, machines having their own."""
+    import re
     import shlex
     import sys
 
-    return shlex.join(["moebius", *sys.argv[1:]])
+    return shlex.join(["moebius", *(re.sub(r"^(--[a-z-]+=)?/.*/", r"\1", word) for word in sys.argv[1:])])

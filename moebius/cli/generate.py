@@ -10,6 +10,7 @@ from moebius.cli.console import open_console, print_json
 from moebius.cli.options import (
     Device,
     DtypeOption,
+    EpSize,
     Experts,
     Json,
     MaxTokens,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from moebius.auto import CausalLM
     from moebius.cli.console import Console
     from moebius.cli.runtime import Meter
+    from moebius.distributed.ranks import Ranks
     from moebius.generation.engine import Streamer
     from moebius.tokenizer import Tokenizer
 
@@ -63,6 +65,7 @@ def generate(
     dtype: DtypeOption = "auto",
     device: Device = "auto",
     experts: Experts = "auto",
+    ep_size: EpSize = None,
     offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -72,13 +75,17 @@ def generate(
     if (prompt is None) == (ids is None):
         raise typer.BadParameter("give the prompt as text (-p) or as token ids (--ids), one of the two")
     console = open_console(quiet, verbose)
-    from moebius.cli.runtime import Meter, ModelChoice, find, load, sampling_options, with_seed
+    from moebius.cli.runtime import Meter, ModelChoice, opened, sampling_options, with_seed
+    from moebius.on_ranks import together
 
-    choice = ModelChoice(model, revision, dtype, device, experts, offline)
-    folder = find(choice)
-    text = None if prompt is None else TextPrompt(prompt, system_prompt, raw, tuple(stop or ()))
-    form = text_form(folder, text) if text is not None else ids_form(ids or "")
-    decoder = load(folder, choice, console)
+    def form_for(folder: "Path", ranks: "Ranks | None") -> Form:
+        if prompt is None:
+            return ids_form(ids or "")
+        text = read_stdin(ranks) if prompt == "-" else prompt
+        with together(ranks, "reading the prompt"):
+            return text_form(folder, TextPrompt(text, system_prompt, raw, tuple(stop or ())))
+
+    decoder, form = opened(ModelChoice(model, revision, dtype, device, experts, offline, ep_size), console, form_for)
     options = sampling_options(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     options = with_seed(options, decoder, seed, console) | {"max_new_tokens": max_tokens}
     meter = Meter(None if json else form.streamer)
@@ -87,17 +94,23 @@ def generate(
     _finish(report, decoder, console, json)
 
 
+def read_stdin(ranks: "Ranks | None") -> str:
+    """What stands there, which of several ranks only the first can read."""
+    from moebius.on_ranks import together
+
+    with together(ranks, "reading stdin"):
+        text = sys.stdin.read() if ranks is None or ranks.first else ""
+    return ranks.told(text, "reading stdin") if ranks else text
+
+
 @dataclass(frozen=True)
 class TextPrompt:
-    """A prompt as the flags gave it.  text: "-" stands for stdin.  raw: no chat template.  stop: texts to end at."""
+    """A prompt as the flags gave it.  raw: no chat template.  stop: texts to end at."""
 
     text: str
     system: str | None
     raw: bool
     stop: tuple[str, ...]
-
-    def read(self) -> str:
-        return sys.stdin.read() if self.text == "-" else self.text
 
 
 @dataclass(frozen=True)
@@ -153,9 +166,9 @@ def prompt_ids(tokenizer: "Tokenizer", prompt: TextPrompt) -> "Tensor":
     if prompt.system is not None and not templated:
         raise ArgumentError("--system-prompt needs a chat template; here there is none, or --raw leaves it out")
     if not templated:
-        return tokenizer(prompt.read(), return_tensors="pt")["input_ids"]
+        return tokenizer(prompt.text, return_tensors="pt")["input_ids"]
     system = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
-    messages = [*system, {"role": "user", "content": prompt.read()}]
+    messages = [*system, {"role": "user", "content": prompt.text}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
 
 

@@ -13,6 +13,10 @@ Offline = Annotated[bool, typer.Option("--offline", help="Use what is on this ma
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Load as this dtype; auto: the checkpoint's own.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto: the GPUs, the host for the rest.")]
 Experts = Annotated[str, typer.Option("--experts", help="The experts' backend: auto, eager, grouped_mm, ...")]
+EpSize = Annotated[
+    int | None,
+    typer.Option("--ep-size", min=1, help="Ranks that share the experts, under torchrun. [default: all of them]"),
+]
 Quantization = Annotated[
     Form | None, typer.Option("--quantization", help="Quantize experts and linear layers to this form.")
 ]

@@ -12,6 +12,10 @@ HEAD = """# The command line
 The result of a command goes to stdout; notes, progress and logs go to stderr, and bars only to a terminal. `MODEL` is a
 folder, or a name on the hub. In a flag's name `_` is as good as `-`.
 
+Under `torchrun --nproc-per-node N --no-python moebius generate ...` the experts are spread over N processes. The first
+one speaks, and an error of one ends all, with its message and code. `chat` is for one process alone; other commands the
+first one runs, while the others wait.
+
 This page is generated: `python -m moebius.cli.reference > docs/cli.md`.
 """
 

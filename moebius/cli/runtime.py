@@ -3,26 +3,32 @@
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from moebius.auto import AutoModelForCausalLM, CausalLM, open_checkpoint
 from moebius.checkpoint.describe import size
 from moebius.cli.console import Console
+from moebius.cli.launched import several
 from moebius.cli.memory import peak_memory
 from moebius.cli.progress import loading_bar
+from moebius.distributed.config import DistributedConfig
 from moebius.errors import ArgumentError, Fault
 
+if TYPE_CHECKING:
+    from moebius.distributed.ranks import Ranks
+
+Prepared = TypeVar("Prepared")
 TOKEN_ID = re.compile("[0-9]{1,18}")  # what int64 can hold; whether the model has it, the model says
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What the shared flags say about which model to run, and how."""
+    """What the shared flags say about which model to run, and how.  ep_size: None leaves it to the number of ranks."""
 
     model: str
     revision: str
@@ -30,6 +36,7 @@ class ModelChoice:
     device: str
     experts: str
     offline: bool
+    ep_size: int | None = None
 
 
 def find(choice: ModelChoice) -> Path:
@@ -39,15 +46,34 @@ def find(choice: ModelChoice) -> Path:
     ).folder
 
 
-def load(folder: Path, choice: ModelChoice, console: Console) -> CausalLM:
-    """The model in `folder`, on its device."""
+def load(name: str | Path, choice: ModelChoice, console: Console, **download: Any) -> CausalLM:
+    """The model of this name or folder, on its device; under torchrun, on all ranks."""
+    spread = several() or choice.ep_size is not None
     return AutoModelForCausalLM.from_pretrained(
-        folder,
+        name,
         dtype=choice.dtype,
         device_map=choice.device,
         experts_implementation=choice.experts,
+        distributed_config=DistributedConfig(enable_expert_parallel=True, ep_size=choice.ep_size) if spread else None,
         progress=loading_bar(console),
+        **download,
     )
+
+
+def opened(
+    choice: ModelChoice, console: Console, prepare: "Callable[[Path, Ranks | None], Prepared]"
+) -> tuple[CausalLM, Prepared]:
+    """The model, and what `prepare` makes of its folder: before weights are read, unless ranks have to agree on it.
+
+    Those come together while the model is opened; from then on, what one of them cannot do ends all.
+    """
+    if not several():
+        folder = find(choice)
+        prepared = prepare(folder, None)
+        return load(folder, choice, console), prepared
+    model = load(choice.model, choice, console, revision=choice.revision, local_files_only=choice.offline)
+    assert model.source
+    return model, prepare(model.source.folder, model.ranks)
 
 
 def backend_name(decoder: CausalLM) -> str:

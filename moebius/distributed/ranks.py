@@ -19,6 +19,7 @@ from moebius.distributed.config import DistributedConfig, Grid
 from moebius.errors import ArgumentError, Fault, MoebiusError, RankError
 
 AXES = ("replicate", "efsdp", "ep")
+CALL_ON_ALL = "look at what the other ranks said first; a step that all share must be called on every rank"
 T = TypeVar("T")
 
 
@@ -32,7 +33,8 @@ class Ranks:
     def __init__(self, device: torch.device, grid: Grid, mesh: DeviceMesh, host: dist.ProcessGroup, seconds: float):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device, self.grid, self.mesh, self.host = device, grid, mesh, host
-        self._seconds = seconds
+        self._seconds, self._meetings = seconds, 0
+        self._store = dist.distributed_c10d._get_default_store()
 
     @property
     def first(self) -> bool:
@@ -64,9 +66,25 @@ class Ranks:
         return held[0]
 
     def meet(self, what: str, seconds: float) -> None:
-        """Ends when every rank is here.  RankError: some are not within the seconds; rank 0 names them."""
-        with self._answered(what, seconds):
-            dist.monitored_barrier(self.host, timedelta(seconds=seconds), wait_all_ranks=True)
+        """Ends when every rank is here.  RankError: some are not within the seconds; it names them.
+
+        It goes through the store in which ranks found each other: a meeting that fails leaves the groups as they were.
+        """
+        self._meetings += 1
+        keys = [f"moebius/{self.host.group_name}/{self._meetings}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], "")
+        try:
+            self._store.wait(keys, timedelta(seconds=seconds))
+        except RuntimeError as error:
+            self._store.set(f"{keys[self.rank]}/left", "")
+            away = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise self._apart(what, away, f"did not come within {seconds:g} s") from error
+        if left := [rank for rank, key in enumerate(keys) if self._store.check([f"{key}/left"])]:
+            raise self._apart(what, left, "came, and left before this rank was there")
+
+    def _apart(self, what: str, others: Sequence[int], did: str) -> RankError:
+        named = ", ".join(map(str, others))
+        return RankError(f"rank {self.rank}: {what}: rank {named} of {self.size} {did}", advice=CALL_ON_ALL)
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
@@ -83,14 +101,14 @@ class Ranks:
             raise _read(*failed[0])
 
     @contextmanager
-    def _answered(self, what: str, seconds: float | None = None) -> Iterator[None]:
+    def _answered(self, what: str) -> Iterator[None]:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # as torch.distributed words it, some ranks are not there
             raise RankError(
                 f"rank {self.rank}: {what}: not all of {self.size} ranks answered within "
-                f"{seconds or self._seconds:g} s ({str(error).splitlines()[0][:300]})",
-                advice="look at what the other ranks said first; a step that all share must be called on every rank",
+                f"{self._seconds:g} s ({str(error).splitlines()[0][:300]})",
+                advice=CALL_ON_ALL,
             ) from error
 
 

@@ -110,7 +110,10 @@ class Experts(FixedDtypes):
     """The routed experts of one layer, packed, plain or in quantized forms; see `contract.ExpertWeights`.
 
     experts_implementation: a name in ALL_EXPERTS_FUNCTIONS, or "auto".
+    waits: whether the device stands idle for a part of forward, so that other work is worth doing beside it.
     """
+
+    waits: bool = False
 
     def __init__(self, config: SparseMoe, hidden_size: int, *, experts_implementation: str = AUTO) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from moebius.generation.cache import KeyValueCache
 from moebius.generation.config import DEFAULTS, GenerationConfig
 from moebius.generation.prompt import Prompt, checked_ids, new_token_limit, read_prompt
 from moebius.generation.sampling import draw, forbid, free_noise, penalize_repetition, seeded_noise, warp
-from moebius.generation.stopping import Criterion, stop_conditions
+from moebius.generation.stopping import Agree, Criterion, alone, stop_conditions
 from moebius.layers.decoder import Decoder
 
 PREFILL_CHUNK = 8192  # tokens of a row a forward: bounds a long prompt's memory
@@ -44,6 +44,7 @@ def generate(
     logits_processor: Iterable[Processor] | None = None,
     stopping_criteria: Iterable[Callable[..., Any]] | None = None,
     cache: KeyValueCache | None = None,
+    agree: Agree = alone,
     **options: Any,
 ) -> Tensor:
     """Continue each row of input_ids: int64 [B, P] -> int64 [B, P + up to N], on the device of input_ids.
@@ -54,6 +55,8 @@ def generate(
     inputs: another name for input_ids.  tokenizer: needed for stop_strings.
     logits_processor: called with (tokens [B, n], scores float32 [B, V]) each step; must give scores of that shape.
     cache: one that already holds the first cache.length tokens of the prompt.
+    agree: asked of each step's tokens [B], and of what the caller's stopping criteria say, bool [B], where several
+    processes run this same loop; what it gives is what counts.
     Raises ArgumentError (an option), InputError (the prompt), CapacityError (the cache), MoebiusError (NaN logits).
     """
     if input_ids is not None and inputs is not None:
@@ -64,11 +67,11 @@ def generate(
     prompt = read_prompt(given, attention_mask, config, decoder.config.vocab_size, device)
     prompt = prompt.repeated(config.num_return_sequences or 1)
     limit = new_token_limit(config, decoder.config, prompt)
-    conditions = stop_conditions(config, tokenizer, stopping_criteria or (), device)
+    conditions = stop_conditions(config, tokenizer, stopping_criteria or (), device, agree)
     if len(prompt.input_ids) > 1 and conditions:
         _check_filler(config, decoder.config.vocab_size)
     cache = _ready_cache(decoder, prompt, limit, cache)
-    sampler = Sampler(config, prompt, decoder.config.vocab_size, list(logits_processor or ()))
+    sampler = Sampler(config, prompt, decoder.config.vocab_size, list(logits_processor or ()), agree)
     feeder = Feeder(decoder, cache, prompt, limit)
     tokens = _run(feeder, sampler, conditions, prompt, limit, pad_id(config), streamer)
     return tokens.to(given.device)
@@ -152,8 +155,15 @@ class Feeder:
 class Sampler:
     """Chooses each row's next token from its logits."""
 
-    def __init__(self, config: GenerationConfig, prompt: Prompt, vocab_size: int, processors: Sequence[Processor]):
-        self._config, self._processors = config, processors
+    def __init__(
+        self,
+        config: GenerationConfig,
+        prompt: Prompt,
+        vocab_size: int,
+        processors: Sequence[Processor],
+        agree: Agree,
+    ):
+        self._config, self._processors, self._agree = config, processors, agree
         self._end_ids = [token_id for token_id in config.eos_token_id or () if token_id < vocab_size]
         self._min_tokens = _min_new_tokens(config, prompt.input_ids.shape[1])
         self._seen = _seen_tokens(prompt, vocab_size)
@@ -167,6 +177,7 @@ class Sampler:
             scores = warp(scores, self._config)
         _check_numbers(scores, step)
         chosen = draw(scores, self._noise(scores, step)) if self._config.do_sample else scores.argmax(dim=1)
+        chosen = self._agree(chosen)
         self._seen.scatter_(1, chosen[:, None], True)
         return chosen
 

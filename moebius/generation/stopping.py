@@ -11,6 +11,13 @@ from moebius.generation.config import GenerationConfig
 from moebius.tokenizer.token_bytes import TokenBytes
 
 Criterion = Callable[[Tensor], Tensor]
+Agree = Callable[[Tensor], Tensor]
+"""What this process has decided, of any shape and dtype -> what all decide that generate the same."""
+
+
+def alone(decided: Tensor) -> Tensor:
+    """The Agree of one process."""
+    return decided
 
 
 class EndOfSequence:
@@ -45,20 +52,27 @@ class StopStrings:
 
 
 class CallerCriteria:
-    """transformers' stopping criteria: called with (input_ids, None), giving a bool or a bool tensor [B]."""
+    """transformers' stopping criteria: called with (input_ids, None), giving a bool or a bool tensor [B].
 
-    def __init__(self, criteria: Iterable[Callable[..., Any]]):
-        self._criteria = list(criteria)
+    They may look at a clock, or at anything else that other processes see otherwise: what they say is agreed on.
+    """
+
+    def __init__(self, criteria: Iterable[Callable[..., Any]], agree: Agree):
+        self._criteria, self._agree = list(criteria), agree
 
     def __call__(self, tokens: Tensor) -> Tensor:
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for criterion in self._criteria:
             done = done | torch.as_tensor(criterion(tokens, None), dtype=torch.bool, device=tokens.device)
-        return done
+        return self._agree(done)
 
 
 def stop_conditions(
-    config: GenerationConfig, tokenizer: Any, criteria: Iterable[Callable[..., Any]], device: torch.device
+    config: GenerationConfig,
+    tokenizer: Any,
+    criteria: Iterable[Callable[..., Any]],
+    device: torch.device,
+    agree: Agree = alone,
 ) -> list[Criterion]:
     """What ends a row, for these settings. Raises ArgumentError for stop strings without a tokenizer to read them."""
     conditions: list[Criterion] = []
@@ -69,5 +83,5 @@ def stop_conditions(
             raise ArgumentError("stop_strings need the tokenizer", advice="generate(..., tokenizer=tokenizer)")
         conditions.append(StopStrings(config.stop_strings, TokenBytes(tokenizer.backend_tokenizer)))
     if criteria := list(criteria):
-        conditions.append(CallerCriteria(criteria))
+        conditions.append(CallerCriteria(criteria, agree))
     return conditions

@@ -3,8 +3,9 @@
 B batch, T tokens of this forward, P tokens in the cache before it, H hidden, V vocabulary, E experts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -28,7 +29,7 @@ from moebius.layers.attention import Cache, GroupedQueryAttentionLayer, LayerCac
 from moebius.layers.latent_attention import LatentAttentionLayer
 from moebius.layers.masks import causal_masks
 from moebius.layers.mlp import Mlp
-from moebius.layers.moe import SparseMoeBlock
+from moebius.layers.moe import MakeExperts, SparseMoeBlock
 from moebius.layers.norm import RmsNormLayer
 from moebius.layers.roles import Role, parameter_roles
 from moebius.layers.rope import RotaryTables, rotary_tables
@@ -54,10 +55,10 @@ class CausalLMOutput:
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: LayerConfig, decoder: DecoderConfig, *, experts_implementation: str) -> None:
+    def __init__(self, config: LayerConfig, decoder: DecoderConfig, *, make_experts: MakeExperts) -> None:
         super().__init__()
         self.self_attn = _mixer(config, decoder)
-        self.mlp = _feed_forward(config, decoder, experts_implementation)
+        self.mlp = _feed_forward(config, decoder, make_experts)
         self.input_layernorm = RmsNormLayer(decoder.norm, decoder.hidden_size)
         self.post_attention_layernorm = RmsNormLayer(decoder.norm, decoder.hidden_size)
 
@@ -93,29 +94,25 @@ def _window(mixer: Mixer) -> int | None:
             return None
 
 
-def _feed_forward(config: LayerConfig, decoder: DecoderConfig, experts_implementation: str) -> Mlp | SparseMoeBlock:
+def _feed_forward(config: LayerConfig, decoder: DecoderConfig, make_experts: MakeExperts) -> Mlp | SparseMoeBlock:
     match config.feed_forward:
         case DenseMlp():
             return Mlp(config.feed_forward, decoder.hidden_size)
         case SparseMoe():
-            return SparseMoeBlock(
-                config.feed_forward, decoder.hidden_size, experts_implementation=experts_implementation
-            )
+            return SparseMoeBlock(config.feed_forward, decoder.hidden_size, make_experts=make_experts)
 
 
 class DecoderStack(nn.Module):
     """Everything below the head: token ids to normalised hidden states."""
 
-    def __init__(self, config: DecoderConfig, *, experts_implementation: str) -> None:
+    def __init__(self, config: DecoderConfig, *, make_experts: MakeExperts) -> None:
         super().__init__()
         self.ropes: tuple[Rope, ...] = tuple(layer.mixer.rope for layer in config.layers)
         self.windows: tuple[int | None, ...] = tuple(_window(layer.mixer) for layer in config.layers)
         # by nn.Embedding(...) the table would be filled with noise, which on meta imports torch's compiler: 4 seconds
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(
-            DecoderLayer(layer, config, experts_implementation=experts_implementation) for layer in config.layers
-        )
+        self.layers = nn.ModuleList(DecoderLayer(layer, config, make_experts=make_experts) for layer in config.layers)
         self.norm = RmsNormLayer(config.norm, config.hidden_size)
 
     def forward(
@@ -167,13 +164,21 @@ class Decoder(nn.Module):
     """A causal language model, built from a DecoderConfig alone; its parameters are not initialised.
 
     Parameters have the hub's names, experts packed (`moebius.experts.contract`).  Under `torch.device("meta")` it costs
-    no memory.  experts_implementation: a name in ALL_EXPERTS_FUNCTIONS, or "auto".
+    no memory.  experts_implementation: a name in ALL_EXPERTS_FUNCTIONS, or "auto".  experts_class: what makes the
+    routed experts of a layer, called as Experts is.
     """
 
-    def __init__(self, config: DecoderConfig, *, experts_implementation: str = AUTO) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        experts_implementation: str = AUTO,
+        experts_class: Callable[..., Experts] = Experts,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.model = DecoderStack(config, experts_implementation=experts_implementation)
+        make_experts = partial(experts_class, experts_implementation=experts_implementation)
+        self.model = DecoderStack(config, make_experts=make_experts)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 

@@ -29,6 +29,8 @@ def dot_product_attention(
     what it hides from all of a block of queries is not read.
     """
     tokens = query.shape[2]
+    if not query.numel():
+        return _attend_nothing(query, key, value, sinks)
     if tokens == 1:
         return _decode(query, key, value, mask, scale, sinks)
     if mask is not None and window is not None and tokens > BLOCK + window:
@@ -36,6 +38,12 @@ def dot_product_attention(
     if sinks is not None:
         return _attend_with_sinks(query, key, value, mask, scale, sinks)
     return _attend(query, key, value, mask, scale)
+
+
+def _attend_nothing(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+    """For no sequences, or no tokens: empty, and joined to the graph."""
+    total = query.sum() + key.sum() + value.sum() + (0 if sinks is None else sinks.sum())
+    return total.expand(*query.shape[:-1], value.shape[-1])
 
 
 def _attend_in_blocks(

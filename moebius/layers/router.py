@@ -3,7 +3,7 @@
 B batch, T tokens (all of the batch, except where [B, T] is written), K experts a token, E experts, H hidden, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,18 +126,26 @@ def _outside(group_scores: Tensor, top_groups: int, scores: Tensor) -> Tensor:
     return outside.repeat_interleave(scores.shape[-1] // group_scores.shape[-1], dim=-1)
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, token_mask: Tensor | None = None) -> Tensor:
+def load_balancing_loss(
+    router_logits: Sequence[Tensor],
+    top_k: int,
+    token_mask: Tensor | None = None,
+    *,
+    pooled: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> Tensor:
     """E * sum_e f_e P_e, a float32 scalar (Switch Transformers, arXiv 2101.03961, equations 4-6).
 
     router_logits: L of [T, E], pooled over layers before the product.  token_mask: [B, T], 1 real and 0 padding.
     f_e is how many of a token's K choices fall on expert e, on average, not divided by K: perfect balance gives K.
+    pooled: counts [E + 1] float32 of these tokens (each expert's, and all) -> those of a larger batch, of which these
+    tokens are a part; the losses of all parts then add up to that of the batch.
     """
     logits = torch.stack(tuple(router_logits))
     probabilities = logits.softmax(dim=-1)
     chosen = probabilities.topk(top_k, dim=-1).indices
     layers, tokens, num_experts = logits.shape
     real = torch.ones(tokens, device=logits.device) if token_mask is None else token_mask.reshape(-1).float()
-    rows = layers * real.sum()
     counts = real.new_zeros(num_experts).scatter_add(0, chosen.flatten(), real.repeat_interleave(top_k).repeat(layers))
+    counts, rows = pooled(torch.cat([counts, layers * real.sum().unsqueeze(0)])).split([num_experts, 1])
     mass = (probabilities.float() * real.unsqueeze(-1)).sum(dim=(0, 1))
     return num_experts * (counts / rows * mass / rows).sum()

@@ -20,7 +20,7 @@ class RoutingCounts:
             decoder(input_ids)
         counts.table()      # [L, E] int64: row l, column e: tokens that MoE layer l sent to expert e
 
-    The counters stay on the routers' device; only `table` waits for them.
+    The counters stay on the routers' device; only `table` waits for them.  They are of this process's tokens.
     """
 
     def __init__(self, decoder: Decoder):

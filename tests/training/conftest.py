@@ -1,32 +1,12 @@
 import pytest
 import torch
 
-from moebius.config import (
-    DecoderConfig,
-    GroupedQueryAttention,
-    LayerConfig,
-    RmsNorm,
-    Rope,
-    SoftmaxTopK,
-    SparseMoe,
-)
 from moebius.layers.decoder import Decoder
+from tests.training.models import tiny_config
 
 
 @pytest.fixture
 def decoder() -> Decoder:
-    """Two sparse layers, 4 experts of which a token visits 2, 64 tokens of vocabulary."""
-    attention = GroupedQueryAttention(num_heads=2, num_key_value_heads=1, head_dim=8, rope=Rope(1e4, 8))
-    moe = SparseMoe(num_experts=4, top_k=2, intermediate_size=12, routing=SoftmaxTopK(renormalize=True))
-    config = DecoderConfig(
-        model_type="tiny",
-        vocab_size=64,
-        hidden_size=16,
-        max_position_embeddings=64,
-        layers=(LayerConfig(attention, moe),) * 2,
-        norm=RmsNorm(1e-6),
-        router_aux_loss_coef=0.01,
-    )
-    decoder = Decoder(config)
+    decoder = Decoder(tiny_config())
     decoder.init_weights(torch.Generator().manual_seed(0))
     return decoder

@@ -1,0 +1,65 @@
+"""Ranks agree, or fail together; who is not there is named."""
+
+from typing import Any
+
+import pytest
+
+from moebius.errors import CheckpointError, Fault, RankError
+from tests.distributed.pool import run_ranks
+
+
+def agree(ranks: Any) -> tuple[Any, ...]:
+    ranks.meet("agreeing", 20)
+    return ranks.gathered(10 * ranks.rank, "counting"), ranks.told(f"said by {ranks.rank}", "telling")
+
+
+def test_every_rank_learns_what_all_said_and_what_rank_0_told():
+    assert run_ranks(3, agree) == [([0, 10, 20], "said by 0")] * 3
+
+
+def fail_alone(ranks: Any, error: Exception) -> str:
+    try:
+        with ranks.together("loading"):
+            if ranks.rank == 1:
+                raise error
+    except Exception as caught:  # noqa: BLE001  # what is raised is the result
+        return f"{type(caught).__name__}: {caught}"
+    return "went on"
+
+
+@pytest.mark.parametrize(
+    ("error", "own", "others"),
+    [
+        (
+            CheckpointError("cut short", faults=[Fault("a.safetensors", "size")], advice="fetch it again"),
+            "CheckpointError: cut short: a.safetensors: size\nwhat to do: fetch it again",
+            "CheckpointError: rank 1: cut short: a.safetensors: size\nwhat to do: fetch it again",
+        ),
+        (KeyError("x"), "KeyError: 'x'", "RankError: rank 1: KeyError: 'x'"),
+    ],
+)
+def test_an_error_of_one_rank_is_an_error_of_all_and_says_whose(error, own, others):
+    assert run_ranks(3, fail_alone, error) == [others, own, others]
+
+
+def come_late(ranks: Any, late: int) -> str:
+    def meet(seconds: float) -> str:
+        try:
+            ranks.meet("saving", seconds)
+        except RankError as error:
+            return error.message
+        return "met"
+
+    early = "" if ranks.rank == late else meet(0.5)
+    ranks.gathered(None, "waiting for the others")
+    said = early or meet(20)
+    ranks.meet("saving again", 20)
+    return said
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_who_does_not_come_is_named_and_so_is_who_left_and_the_next_meeting_works(late):
+    found = run_ranks(3, come_late, late)
+    others = ", ".join(str(rank) for rank in range(3) if rank != late)
+    assert found.pop(late) == f"rank {late}: saving: rank {others} of 3 came, and left before this rank was there"
+    assert all(said.endswith(f"saving: rank {late} of 3 did not come within 0.5 s") for said in found)

@@ -1,0 +1,147 @@
+"""Training with experts on several ranks: losses, norms, weights and states are those of one process.
+
+N ranks; each run is 20 steps of AdamW in float32 on the same batches.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moebius.distributed.config import DistributedConfig
+from moebius.distributed.expert_parallel import parallel_experts
+from moebius.distributed.ranks import Ranks, join
+from moebius.distributed.sharding import shard
+from moebius.distributed.spread import local, spread_of
+from moebius.layers.decoder import Decoder
+from moebius.training.config import TrainingConfig
+from moebius.training.data import TokenWindows
+from moebius.training.states import StateFolder
+from moebius.training.trainer import TrainingResult, train
+from tests.distributed.pool import run_ranks
+from tests.training.models import tiny_config
+
+TEXT = torch.arange(2000) % 7 + 3 * (torch.arange(2000) % 5) + torch.arange(2000) // 900
+BATCHES = TokenWindows(TEXT, batch_size=5, seq_len=12).batch
+SETTINGS = TrainingConfig(
+    steps=20, batch_size=5, seq_len=12, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, warmup_steps=3
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    experts: int
+    fields: dict[str, Any]
+    scope: str = "pooled"
+
+    def __str__(self) -> str:
+        return f"{self.ranks} ranks, {self.experts} experts, {self.fields}, {self.scope}"
+
+
+DISTINCT = {"enable_expert_parallel": True, "batch": "distinct"}
+CASES = [
+    Case(2, 4, DISTINCT),
+    Case(2, 5, {"enable_expert_parallel": True}),
+    Case(3, 4, DISTINCT, "layer"),
+    Case(4, 5, {"ep_size": 2, "batch": "distinct", "fsdp_size": 4}),
+]
+MORE_CASES = [
+    Case(2, 5, {**DISTINCT, "exchange": "all_to_all"}, "layer"),
+    Case(3, 2, {"ep_size": 3, "batch": "distinct"}),
+    Case(4, 5, {"ep_size": 2, "batch": "distinct"}),
+    Case(4, 4, {"ep_size": 4, "batch": "distinct", "fsdp_size": 4}),
+    Case(4, 3, {"ep_size": 2, "batch": "distinct", "fsdp_size": 2}),
+    Case(4, 3, {"ep_size": 1, "batch": "distinct", "fsdp_size": 2}),
+]
+
+
+def weights(experts: int) -> dict[str, torch.Tensor]:
+    whole = Decoder(tiny_config(experts))
+    whole.init_weights(torch.Generator().manual_seed(0))
+    return {name: tensor.detach() * 2 for name, tensor in whole.state_dict().items()}  # routers that are sure
+
+
+def decoder_of(case: Case, ranks: Ranks) -> Decoder:
+    """This rank's part of the model."""
+    config = DistributedConfig(**case.fields)
+    mine = join(config, case.experts, device_type=ranks.device.type)
+    with mine.device:
+        decoder = Decoder(tiny_config(case.experts), experts_class=parallel_experts(mine, config))
+    if config.fsdp_size > 1:
+        shard(decoder, mine)
+    spread, whole = spread_of(decoder), weights(case.experts)
+    assert spread is not None
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            rows = spread.boxes.get(name, range(len(whole[name])))
+            local(parameter).copy_(whole[name][rows.start : rows.stop])
+    return decoder
+
+
+def trained(ranks: Ranks, case: Case) -> tuple[TrainingResult, dict[str, tuple[int, torch.Tensor]]]:
+    """The result, and the rows that this rank holds at the end: {name: (first row, rows)}."""
+    decoder = decoder_of(case, ranks)
+    result = train(decoder, lambda step: BATCHES(step).to(ranks.device), SETTINGS_OF[case.scope])
+    boxes, held = spread_of(decoder).boxes, decoder.named_parameters()
+    return result, {name: (_first(boxes.get(name)), local(each.detach()).cpu()) for name, each in held}
+
+
+def _first(rows: range | None) -> int:
+    return rows.start if rows else 0
+
+
+SETTINGS_OF = {scope: TrainingConfig(**{**vars(SETTINGS), "balance_scope": scope}) for scope in ("pooled", "layer")}
+
+
+@cache
+def alone(experts: int, scope: str) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
+    decoder = Decoder(tiny_config(experts))
+    decoder.load_state_dict(weights(experts))
+    result = train(decoder, BATCHES, SETTINGS_OF[scope])
+    return result, {name: each.detach() for name, each in decoder.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str
+)
+def test_twenty_steps_are_those_of_one_process(case):
+    assert_as_alone(run_ranks(case.ranks, trained, case), case)
+
+
+def assert_as_alone(found: list[Any], case: Case) -> None:
+    """Losses, norms, counts and weights of all ranks are those of one process."""
+    expected, whole = alone(case.experts, case.scope)
+    for result, held in found:
+        for one, two in zip(result.records, expected.records, strict=True):
+            assert one.loss == pytest.approx(two.loss, abs=1e-5)
+            assert one.aux_loss == pytest.approx(two.aux_loss, abs=1e-6)
+            assert one.gradient_norm == pytest.approx(two.gradient_norm, rel=1e-5)
+            assert one.tokens == two.tokens
+        assert torch.equal(result.expert_load, expected.expert_load)
+        for name, (first, rows) in held.items():
+            torch.testing.assert_close(rows, whole[name][first : first + len(rows)], atol=1e-5, rtol=1e-5)
+
+
+# --- states ---------------------------------------------------------------------------------------------------------
+
+
+def run_to(ranks: Ranks, case: Case, steps: int, path: Path) -> list[float]:
+    config = TrainingConfig(**{**vars(SETTINGS), "steps": steps, "schedule": "constant"})
+    return [record.loss for record in train(decoder_of(case, ranks), BATCHES, config, states=StateFolder(path)).records]
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(tmp_path):
+    """4 ranks and FSDP2, then 3, then 2, then one process: as if it had never been moved."""
+    path, config = tmp_path / "state", TrainingConfig(**{**vars(SETTINGS), "steps": 8, "schedule": "constant"})
+    losses: list[float] = []
+    for case, steps in ((CASES[3], 2), (Case(3, 5, DISTINCT), 4), (CASES[1], 6)):
+        losses += run_ranks(case.ranks, run_to, case, steps, path)[0]
+    decoder, whole = Decoder(tiny_config(5)), Decoder(tiny_config(5))
+    losses += [record.loss for record in train(decoder, BATCHES, config, states=StateFolder(path)).records]
+    whole.load_state_dict(weights(5))
+    expected = [record.loss for record in train(whole, BATCHES, config).records]
+    assert losses == pytest.approx(expected, abs=1e-5)
