@@ -70,6 +70,7 @@ class ParallelExperts(Experts):
         self.batch: Batch = batch
         self.ranks, self.exchange, self.waits = ranks, exchange, exchange.waits
         self.layout, self.held = exchange.layout, sharding.held
+        self.num_routed = config.num_experts
         self.router = RouterParallel(exchange.layout, ranks.place)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def generating(decoder: Decoder, header: StepHeader) -> Iterator[Callable[[Tenso
     """
     ranks = header.ranks
     try:
-        yield _as_rank_0 if header.batch == "shared" else _own
+        yield (lambda decided: _as_rank_0(decided, header)) if header.batch == "shared" else _own
     except RankError:
         raise
     except MoebiusError:
@@ -42,16 +42,19 @@ def generating(decoder: Decoder, header: StepHeader) -> Iterator[Callable[[Tenso
         ) from error
     else:
         _take_part(decoder, header)
+    finally:
+        header.told = False
 
 
 def _own(decided: Tensor) -> Tensor:
     return decided
 
 
-def _as_rank_0(decided: Tensor) -> Tensor:
+def _as_rank_0(decided: Tensor, header: StepHeader) -> Tensor:
     """Equal logits on all ranks would choose equally; what is sampled, or differs in a last bit, might not."""
     decided = decided.contiguous()
     dist.broadcast(decided, src=0)
+    header.told = True
     return decided
 
 

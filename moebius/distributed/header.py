@@ -32,21 +32,24 @@ class StepHeader:
     batch="shared" it proves that all ranks have the same tokens; with "distinct" it tells the exchanges how many each
     rank brings.  Every rank has to run the forward, a rank that has nothing left with input_ids [0, T].
     done: set it on a rank that has nothing left; all_done: whether every rank had set it at the last step.
+    told: set it where rank 0 has just told all ranks the ids of the next step, which then is not announced: in a step
+    of few tokens that would take longer than a layer.
     While a CUDA graph is captured nothing is said, and what was said before it holds.
     """
 
     def __init__(self, ranks: Ranks, batch: Batch):
         self.ranks, self.batch = ranks, batch
-        self.done = self.all_done = False
+        self.done = self.all_done = self.told = False
         self._exchanges: set[Exchange] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """ArgumentError, on every rank: the batch is shared, and ranks have different tokens."""
         input_ids: Tensor = args[0] if args else kwargs["input_ids"]
-        if self.ranks.size == 1 or (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        known, self.told = self.told, False
+        if known or self.ranks.size == 1 or (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         shared = self.batch == "shared"
-        steps = self._told(Step(input_ids.numel(), checksum(input_ids) if shared else 0, self.done))
+        steps = self._asked(Step(input_ids.numel(), checksum(input_ids) if shared else 0, self.done))
         if shared:
             _check_same(steps)
         self.all_done = all(step.done for step in steps)
@@ -55,7 +58,7 @@ class StepHeader:
         for exchange in self._exchanges_of(module):
             exchange.expect([step.tokens for step in steps[first : first + ep]])
 
-    def _told(self, step: Step) -> list[Step]:
+    def _asked(self, step: Step) -> list[Step]:
         own = torch.tensor(step, dtype=torch.int64)
         everyone = [torch.empty_like(own) for _ in range(self.ranks.size)]
         try:

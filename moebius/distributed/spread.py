@@ -1,6 +1,6 @@
 """How a decoder lies on ranks: read off its modules and parameters, so that nothing else has to remember it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,6 +20,10 @@ class Spread(NamedTuple):
     boxes: Mapping[str, range]
     shapes: Mapping[str, tuple[int, ...]]
 
+    def local(self, tensor: Tensor) -> Tensor:
+        """What this rank holds of one of them."""
+        return local(tensor)
+
 
 def spread_of(decoder: Decoder) -> Spread | None:
     """None for a decoder that is this process's alone."""
@@ -30,7 +34,7 @@ def spread_of(decoder: Decoder) -> Spread | None:
         f"{name}.{own}": each for name, each in layers.items() for own, _ in each.named_parameters(recurse=False)
     }
     boxes, shapes = dict[str, range](), dict[str, tuple[int, ...]]()
-    for name, tensor in _tensors(decoder):
+    for name, tensor in decoder.state_dict(keep_vars=True).items():  # what FSDP2 has gathered it lets go for this
         held = experts[name].held if name in experts else range(tensor.shape[0] if tensor.ndim else 0)
         total = experts[name].layout.num_experts if name in experts else len(held)
         shapes[name] = (total, *tensor.shape[1:]) if tensor.ndim else ()
@@ -43,11 +47,6 @@ def spread_of(decoder: Decoder) -> Spread | None:
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    yield from decoder.named_parameters()
-    yield from decoder.named_buffers()
 
 
 def _rows_of(tensor: DTensor, held: range) -> range:

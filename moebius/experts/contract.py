@@ -42,6 +42,8 @@ class ExpertWeights(Protocol):
     def activation(self) -> Activation: ...
     @property
     def num_experts(self) -> int: ...
+    @property
+    def num_routed(self) -> int: ...  # experts that ids are drawn from: num_experts, or more where others are elsewhere
 
 
 ExpertsFunction = Callable[[ExpertWeights, Tensor, Tensor, Tensor], Tensor]

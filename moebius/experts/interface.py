@@ -117,7 +117,7 @@ class Experts(FixedDtypes):
 
     def __init__(self, config: SparseMoe, hidden_size: int, *, experts_implementation: str = AUTO) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = self.num_routed = config.num_experts
         self.activation = config.activation
         self.experts_implementation = ALL_EXPERTS_FUNCTIONS.check(experts_implementation)
         self.gate_up_proj_form: Form | None = None

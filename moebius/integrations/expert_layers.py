@@ -42,6 +42,10 @@ class _Views(nn.Module):
         return self.module.down_proj.shape[0]  # of this rank
 
     @property
+    def num_routed(self) -> int:
+        return self.num_experts
+
+    @property
     def down_proj(self) -> Tensor:
         return self.oriented(self.module.down_proj)
 

@@ -10,21 +10,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moebius import checkpoint
 from moebius.checkpoint import reversing
 from moebius.checkpoint.owning import owned
 from moebius.checkpoint.planning import Target
 from moebius.checkpoint.reading import dtype_name
-from moebius.distributed.spread import Spread, local, spread_of
 from moebius.errors import ArgumentError, CheckpointError, Fault
 from moebius.layers.decoder import Decoder
 from moebius.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from moebius.distributed.spread import Spread
 
 FILE, WEIGHTS, MOMENTS = "training.json", "weights", ("exp_avg", "exp_avg_sq")
 
@@ -42,11 +44,11 @@ class StateFolder:
 
     def save(self, decoder: Decoder, optimizer: torch.optim.AdamW, config: TrainingConfig, done: int) -> None:
         """Writes the state after `done` steps; every rank calls it.  SaveError: what stood there is still there."""
-        spread, tensors = spread_of(decoder), dict(_state(decoder, optimizer))
+        spread, tensors = _spread(decoder), dict(_state(decoder, optimizer))
         plan = reversing.from_nothing((), _targets(tensors, spread))
         checkpoint.save(
             plan,
-            {name: local(tensor).detach() for name, tensor in tensors.items()},
+            {name: _local(tensor, spread).detach() for name, tensor in tensors.items()},
             self.path,
             extra_files={FILE: json.dumps({"step": done, "settings": asdict(config)}, indent=2).encode()},
             team=spread and spread.ranks,
@@ -58,7 +60,7 @@ class StateFolder:
 
         ArgumentError: the run had other settings, `steps` aside.  CheckpointError: files that are not of this model.
         """
-        spread = spread_of(decoder)
+        spread = _spread(decoder)
         with spread.ranks.together("resuming") if spread else nullcontext():
             if not self.path.exists() or not any(self.path.iterdir()):
                 return 0
@@ -66,10 +68,10 @@ class StateFolder:
             _make_moments(optimizer, done)
             tensors = dict(_state(decoder, optimizer))
             plan = checkpoint.plan(checkpoint.open_files(self.path), (), _targets(tensors, spread))
-            found = checkpoint.load(owned(plan, _boxes(tensors, spread)), device=_device(decoder))
+            found = checkpoint.load(owned(plan, _boxes(tensors, spread)), device=next(decoder.parameters()).device)
             with torch.no_grad():
                 for name, tensor in tensors.items():
-                    local(tensor).copy_(found[name])
+                    _local(tensor, spread).copy_(found[name])
         return done
 
     def _steps_done(self, config: TrainingConfig) -> int:
@@ -102,19 +104,26 @@ def _make_moments(optimizer: torch.optim.AdamW, done: int) -> None:
             optimizer.state[parameter] = {"step": step} | {each: torch.zeros_like(parameter) for each in MOMENTS}
 
 
-def _targets(tensors: Mapping[str, Tensor], spread: Spread | None) -> list[Target]:
+def _targets(tensors: Mapping[str, Tensor], spread: "Spread | None") -> list[Target]:
     return [Target(name, _whole(name, each, spread), dtype_name(each.dtype)) for name, each in tensors.items()]
 
 
-def _whole(name: str, tensor: Tensor, spread: Spread | None) -> tuple[int, ...]:
+def _whole(name: str, tensor: Tensor, spread: "Spread | None") -> tuple[int, ...]:
     return spread.shapes[name.split(".", 1)[1]] if spread else tuple(tensor.shape)
 
 
-def _boxes(tensors: Mapping[str, Any], spread: Spread | None) -> dict[str, range]:
+def _boxes(tensors: Mapping[str, Any], spread: "Spread | None") -> dict[str, range]:
     held = spread.boxes if spread else {}
     return {name: held[own] for name in tensors if (own := name.split(".", 1)[1]) in held}
 
 
-def _device(decoder: Decoder) -> torch.device:
-    found = next(decoder.parameters())
-    return local(found).device if isinstance(found, DTensor) else found.device
+def _spread(decoder: Decoder) -> "Spread | None":
+    if not dist.is_initialized():  # what ranks need takes a second to import
+        return None
+    from moebius.distributed.spread import spread_of
+
+    return spread_of(decoder)
+
+
+def _local(tensor: Tensor, spread: "Spread | None") -> Tensor:
+    return spread.local(tensor) if spread else tensor

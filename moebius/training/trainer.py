@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moebius.errors import MoebiusError
 from moebius.layers.decoder import Decoder
@@ -84,13 +83,13 @@ def train(
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
     """Fused AdamW. As is usual, weight decay spares vectors: norms and biases are scales and offsets, not maps."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[bool, type], list[torch.nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.requires_grad:  # what FSDP2 shards and what it does not cannot be updated in one call
-            groups.setdefault((parameter.ndim > 1, isinstance(parameter, DTensor)), []).append(parameter)
+        if parameter.requires_grad:  # what FSDP2 shards is of another type; one update takes tensors of one
+            groups.setdefault((parameter.ndim > 1, type(parameter.data)), []).append(parameter)
     decayed = [
         {"params": found, "weight_decay": config.weight_decay if matrices else 0.0}
-        for (matrices, _), found in sorted(groups.items(), reverse=True, key=lambda group: group[0])
+        for (matrices, _), found in groups.items()
     ]
     return torch.optim.AdamW(decayed, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
 

@@ -74,6 +74,8 @@ def shipped_tiles(projection: str, form: str, tokens: int) -> DecodeTiles:
 def decode_serves(num_experts: int, tokens: int, top_k: int) -> bool:
     """Whether so few slots share an expert, if routing is uniform, that reading weights by slot is right.
 
+    num_experts: all that the router chooses from; what holds for all of them holds for a share.
+
     E (1 - (1 - K/E)^T) experts are hit; at most 1.25 slots for each.
     """
     hit = num_experts * (1 - (1 - top_k / num_experts) ** tokens)

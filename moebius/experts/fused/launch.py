@@ -45,7 +45,7 @@ def _infer(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *d
     layer, (tokens, top_k) = layer_of(*described), top_k_index.shape
     if not tokens:
         return _like(hidden_states)
-    if decode_serves(layer.num_experts, tokens, top_k):
+    if decode_serves(layer.num_routed, tokens, top_k):
         return decode_experts(layer, hidden_states, top_k_index, top_k_weights)
     with torch.cuda.device_of(hidden_states):
         return forward_pass(layer, hidden_states, top_k_index, top_k_weights, save_z=False).output

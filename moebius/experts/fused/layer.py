@@ -46,6 +46,7 @@ class Layer:
     gate_up_proj_form: Form | None
     down_proj_form: Form | None
     activation: Activation
+    num_routed: int
 
     @property
     def num_experts(self) -> int:
@@ -74,9 +75,9 @@ def tensors_of(experts: ExpertWeights) -> tuple[Tensor | None, ...]:
 
 
 def spelled(experts: ExpertWeights) -> str:
-    """Forms and activation, for `layer_of`; comparisons of types alone, as torch.compile reads this."""
+    """All but the tensors, for `layer_of`; comparisons of types alone, as torch.compile reads this."""
     forms = experts.gate_up_proj_form, experts.down_proj_form
-    return ";".join([*map(_spelled_form, forms), _spelled_activation(experts.activation)])
+    return ";".join([*map(_spelled_form, forms), _spelled_activation(experts.activation), str(experts.num_routed)])
 
 
 def layer_of(
@@ -89,7 +90,7 @@ def layer_of(
     spelling: str,
 ) -> Layer:
     """tensors as from `tensors_of`, spelling as from `spelled`."""
-    gate_up_form, down_form, activation = spelling.split(";")
+    gate_up_form, down_form, activation, num_routed = spelling.split(";")
     return Layer(
         gate_up_proj,
         down_proj,
@@ -100,6 +101,7 @@ def layer_of(
         _form(gate_up_form, gate_up_proj_scale),
         _form(down_form, down_proj_scale),
         _activation(activation),
+        int(num_routed),
     )
 
 

@@ -1,0 +1,69 @@
+"""A rank's part of a step, where experts are spread over ranks.
+
+B sequences a step, T tokens a sequence, N ranks.
+"""
+
+import torch.distributed as dist
+from torch import Tensor
+
+from moebius.distributed.gradients import Gradients
+from moebius.distributed.ranks import Ranks
+from moebius.distributed.spread import Spread, spread_of
+from moebius.errors import ArgumentError
+from moebius.layers.decoder import Decoder
+
+
+class SharedBatch:
+    """A rank that computes the whole step, as all of them do, but for its experts."""
+
+    parts = 1
+
+    def __init__(self, decoder: Decoder, ranks: Ranks):
+        self.speaks = ranks.first
+        self._gradients = Gradients(decoder, ranks, "shared")
+
+    def rows(self, input_ids: Tensor) -> Tensor:
+        return input_ids
+
+    def pooled(self, values: Tensor) -> Tensor:
+        return values
+
+    def clip(self, max_norm: float) -> Tensor:
+        self._gradients.reduce()
+        return self._gradients.clip(max_norm)
+
+
+class OwnSequences:
+    """A rank that computes its own sequences of a step: a run of the B, one more on the first if they do not divide."""
+
+    def __init__(self, decoder: Decoder, ranks: Ranks):
+        self.parts, self.speaks, self._ranks = ranks.size, ranks.first, ranks
+        self._gradients = Gradients(decoder, ranks, "distinct")
+
+    def rows(self, input_ids: Tensor) -> Tensor:
+        if len(input_ids) < self.parts:
+            raise ArgumentError(
+                f"a step of {len(input_ids)} sequences leaves some of {self.parts} ranks without any",
+                advice=f"take a batch_size of {self.parts} or more",
+            )
+        return input_ids.tensor_split(self.parts)[self._ranks.rank]
+
+    def pooled(self, values: Tensor) -> Tensor:
+        total = values.detach().to(self._ranks.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def clip(self, max_norm: float) -> Tensor:
+        self._gradients.reduce()
+        return self._gradients.clip(max_norm)
+
+
+def share_of(decoder: Decoder) -> SharedBatch | OwnSequences | None:
+    """None for a decoder that is this process's alone."""
+    match spread_of(decoder):
+        case Spread(ranks, "shared"):
+            return SharedBatch(decoder, ranks)
+        case Spread(ranks):
+            return OwnSequences(decoder, ranks)
+        case _:
+            return None
