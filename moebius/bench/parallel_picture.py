@@ -15,6 +15,7 @@ def draw_parallel(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 0.5 * len(prefill) + 1.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _bars(left, prefill, "{:,.0f}")
+    left.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
     left.set_xlabel(f"tokens a second, prefill of {report['tokens']} tokens a batch (median)")
     _bars(right, [step for row in report["rows"] for step in _steps(row)], "{:.3g} ms")
     right.set_xlabel(f"ms a decode step of {report['decode']['rows']} rows in all (median)")

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from moebius import AutoModelForCausalLM
 from moebius.distributed.config import DistributedConfig
 from moebius.distributed.expert_parallel import parallel_experts
 from moebius.distributed.ranks import Ranks, join
@@ -22,6 +24,8 @@ from moebius.training.data import TokenWindows
 from moebius.training.states import StateFolder
 from moebius.training.trainer import TrainingResult, train
 from tests.distributed.pool import run_ranks
+from tests.families import randomize
+from tests.families import tiny_config as hub_config
 from tests.training.models import tiny_config
 
 TEXT = torch.arange(2000) % 7 + 3 * (torch.arange(2000) % 5) + torch.arange(2000) // 900
@@ -145,3 +149,33 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path):
     whole.load_state_dict(weights(5))
     expected = [record.loss for record in train(whole, BATCHES, config).records]
     assert losses == pytest.approx(expected, abs=1e-5)
+
+
+# --- through the front door ------------------------------------------------------------------------------------------
+
+
+def tune(folder: Path, out: Path, **loading: Any) -> list[float]:
+    """Opens a model, trains it, and saves it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **loading)
+    text = TokenWindows(TEXT % model.config.vocab_size, batch_size=4, seq_len=12)
+    config = TrainingConfig(steps=3, batch_size=4, seq_len=12, learning_rate=1e-3)
+    records = train(model, text.batch, config).records
+    model.save_pretrained(out)
+    return [record.loss for record in records]
+
+
+def tune_on(ranks: Ranks, folder: Path, out: Path, fields: dict[str, Any]) -> list[float]:
+    return tune(folder, out, distributed_config=DistributedConfig(**fields))
+
+
+def test_a_model_is_opened_trained_and_saved_by_all_ranks_as_by_one(tmp_path):
+    model = AutoModelForCausalLM.from_config(hub_config("qwen3_moe", num_experts=5))
+    randomize(model, seed=3)
+    model.save_pretrained(tmp_path / "hub")
+    expected = tune(tmp_path / "hub", tmp_path / "one")
+    found = run_ranks(4, tune_on, tmp_path / "hub", tmp_path / "four", CASES[3].fields)
+    assert all(losses == pytest.approx(expected, abs=1e-5) for losses in found)
+    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
+    assert one.keys() == four.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(four[name], tensor, atol=1e-5, rtol=1e-5)
