@@ -301,19 +301,21 @@ def test_one_ranks_wrong_model_is_every_ranks_error(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def saves_on_rank_0_alone(ranks: Any, source: Path, folder: Path) -> None:
-    """As in `if rank == 0: model.save_pretrained(...)`; raises, since the group is not whole after that."""
-    if ranks.rank == 0 and (said := error_of(ranks, source, folder, patience=0.7)):
-        raise RuntimeError(said)
+def saves_but_for(ranks: Any, source: Path, folder: Path, away: int) -> str:
+    """As in `if rank == 0: model.save_pretrained(...)`; who was away then learns what it has missed."""
+    said = "" if ranks.rank == away else error_of(ranks, source, folder, patience=0.7)
+    ranks.gathered(None, "going on")
+    return said or error_of(ranks, source, folder)
 
 
-def test_if_a_rank_stays_away_the_first_says_what_to_do(source, old):
+@pytest.mark.parametrize("away", [0, 1])
+def test_if_a_rank_stays_away_the_other_says_what_to_do(source, old, away):
     before = bytes_of(old)
-    with pytest.raises(RuntimeError) as caught:
-        run_ranks(2, saves_on_rank_0_alone, source, old)
-    said = str(caught.value)
-    assert said.startswith(f"SaveError: {old} was not written: rank 0: ")
-    assert "not all of 2 ranks answered within 0.7 s" in said
+    found = run_ranks(2, saves_but_for, source, old, away)
+    assert f"rank {1 - away} of 2 came, and left" in found[away]
+    said = found[1 - away]
+    assert said.startswith(f"SaveError: {old} was not written: rank {1 - away}: ")
+    assert f"rank {away} of 2 did not come within 0.7 s" in said
     assert "call save_pretrained on every rank" in said
     assert bytes_of(old) == before
     assert os.listdir(old.parent) == ["model"]
