@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moebius import ArgumentError, AutoModelForCausalLM, CheckpointError, DistributedConfig, MoebiusError
 from moebius.arguments import distributed_config_of
@@ -123,6 +124,17 @@ def test_a_new_model_is_the_one_that_a_single_process_would_make():
     for name, whole in one.items():
         parts = [each[name] for each in found] if ".experts." in name else [found[1][name]]
         assert torch.equal(torch.cat(parts), whole), name
+
+
+def made_without_generator_on(ranks: Ranks, config: dict[str, Any]) -> torch.Tensor:
+    torch.manual_seed(ranks.rank)  # as in processes that torchrun starts, no two begin alike
+    model = AutoModelForCausalLM.from_config(config, distributed_config=ENABLED)
+    return logits(model, ids_for(model))
+
+
+def test_a_new_model_is_the_same_on_all_ranks_without_a_generator_too():
+    first, second = run_ranks(2, made_without_generator_on, tiny_config("qwen3_moe"))
+    assert torch.equal(first, second)
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
@@ -266,6 +278,19 @@ def test_a_file_that_one_rank_finds_truncated_is_every_ranks_error(folders, tmp_
     assert CheckpointError.__name__ in second
 
 
+def test_what_one_rank_misses_is_every_ranks_error_where_fsdp_makes_groups_too(folders, tmp_path):
+    whole, broken = folders("qwen3_moe", **FIVE), tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    model.save_pretrained(broken, layout="published")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    config = {"ep_size": 2, "fsdp_size": 2, "batch": "distinct"}
+    first, second, *others = run_ranks(4, error_on, [whole, broken, whole], {"config": config})
+    assert second.startswith("CheckpointError: 1 fault")
+    assert all("CheckpointError: rank 1: " in each and "model.norm.weight: missing" in each for each in (first, *others))
+
+
 def test_ranks_that_find_different_models_are_told_so(folders):
     found = run_ranks(2, error_on, [folders("qwen3_moe"), folders("qwen3_moe", **FIVE)], {})
     assert all("ConfigError: config.json on rank 1 differs from that on rank 0" in each for each in found)
@@ -361,6 +386,13 @@ def test_transformers_spellings_are_taken():
 def test_what_is_not_offered_is_refused_by_name(config, names):
     with pytest.raises(ArgumentError, match=names):
         distributed_config_of(config)
+
+
+@pytest.mark.parametrize("field", [{"batch": "distinct"}, {"exchange": "all_reduce"}], ids=str)
+def test_how_to_spread_without_that_is_refused(folders, field):
+    with pytest.raises(ArgumentError, match="without effect") as refused:
+        opened(folders("qwen3_moe"), field)
+    assert "enable_expert_parallel=True" in str(refused.value)
 
 
 def test_a_config_that_asks_for_nothing_spreads_nothing(folders):

@@ -11,9 +11,10 @@ call of the driver, which keeps the lock; torch's own `copy_` gives it up, and a
 import ctypes
 import mmap
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import cycle
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import NamedTuple, Protocol
@@ -60,26 +61,31 @@ class Lane(Protocol):
         """target, a view on the device, becomes `source`, flat elements of the slot at these strides, cast."""
         ...
 
-    def sent(self) -> None:
-        """All copies from the slot are on their way."""
+    def wait(self, event: Event) -> None:
+        """What is copied from now on waits for what the event stands for."""
+        ...
+
+    def sent(self) -> Event:
+        """All copies from the slot are on their way; the event is that they, and those before, have been done."""
         ...
 
 
 class Feed(Protocol):
-    """How slots that readers fill come to a device, in order with what the thread that copies sets off there."""
+    """Lanes to a device, and their order with what the thread that computes there sets off."""
 
     slot_bytes: int
+    device: torch.device
 
-    def take(self) -> Slot:
-        """A slot to fill, for any thread; waits for it."""
+    def lane(self) -> Lane:
+        """For the thread that asks."""
         ...
 
-    def copy(self, target: Tensor, start: int, slot: Slot, nbytes: int) -> None:
-        """The bytes of `target`, on the device, from `start` on become the first of the slot."""
+    def wait(self, events: Iterable[Event]) -> None:
+        """What this thread sets off from now on waits for what the events stand for."""
         ...
 
-    def give(self, slot: Slot) -> None:
-        """A slot back for others to take, once the copies from it are done."""
+    def mark(self) -> Event:
+        """The event that all that this thread has set off is done."""
         ...
 
 
@@ -117,9 +123,9 @@ class Slots:
             raise found
         return _free_again(*found)
 
-    def give(self, slot: Slot, stream: torch.cuda.Stream | None = None) -> None:
-        """A slot back for others to take, who wait for what has been set off on the stream."""
-        self._free.put((slot, None if stream is None else stream.record_event()))
+    def give(self, slot: Slot, copied: Event | None = None) -> None:
+        """A slot back for others to take, who wait for the event."""
+        self._free.put((slot, copied))
 
 
 def _free_again(slot: Slot, copied: Event | None) -> Slot:
@@ -199,26 +205,33 @@ class CudaLane:
             bounce = source.to(target.device, non_blocking=True)
             target.copy_(bounce.as_strided(target.shape, strides))
 
-    def sent(self) -> None:
-        self._slots.give(self._held, self._stream)
+    def wait(self, event: Event) -> None:
+        self._stream.wait_event(event)
+
+    def sent(self) -> Event:
+        copied = self._stream.record_event()
+        self._slots.give(self._held, copied)
+        return copied
 
 
 class CudaFeed:
-    """A Feed on the current stream of a CUDA device."""
+    """A Feed to a CUDA device, from lanes on `streams` to the current stream."""
 
     slot_bytes = SLOT_BYTES
 
-    def __init__(self, device: torch.device, slots: Slots):
-        self._stream, self._slots = torch.cuda.current_stream(device), slots
+    def __init__(self, device: torch.device, streams: Sequence[torch.cuda.Stream], slots: Slots):
+        self.device, self._slots = device, slots
+        self._streams, self._current = cycle(streams), torch.cuda.current_stream(device)
 
-    def take(self) -> Slot:
-        return self._slots.take()
+    def lane(self) -> CudaLane:
+        return CudaLane(self.device, next(self._streams), self._slots)
 
-    def copy(self, target: Tensor, start: int, slot: Slot, nbytes: int) -> None:
-        _copy(target, start, slot, 0, nbytes, self._stream)
+    def wait(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._current.wait_event(event)
 
-    def give(self, slot: Slot) -> None:
-        self._slots.give(slot, self._stream)
+    def mark(self) -> Event:
+        return self._current.record_event()
 
 
 def _copy(target: Tensor, start: int, slot: Slot, begin: int, nbytes: int, stream: torch.cuda.Stream) -> None:
@@ -237,14 +250,16 @@ def _copy_to_device():  # a foreign function
 
 
 @contextmanager
-def cuda_streams(device: torch.device) -> Iterator[list[torch.cuda.Stream]]:
-    """Streams for lanes to a device; at the end all that was sent on them has arrived."""
-    current = torch.cuda.current_stream(device)
-    streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
-    for stream in streams:
-        stream.wait_stream(current)  # the targets' memory may still be in use there
-    try:
-        yield streams
-    finally:
+def cuda_feed(device: torch.device, slots: Slots) -> Iterator[CudaFeed]:
+    """A feed to a device, the current one meanwhile; at the end all that was sent has arrived."""
+    with torch.cuda.device(device):
+        device = torch.device("cuda", torch.cuda.current_device())  # with its index
+        streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
+        feed = CudaFeed(device, streams, slots)
         for stream in streams:
-            stream.synchronize()
+            stream.wait_event(feed.mark())  # the targets' memory may still be in use there
+        try:
+            yield feed
+        finally:
+            for stream in streams:
+                stream.synchronize()

@@ -18,7 +18,7 @@ import torch
 from moebius.checkpoint import checksums
 from moebius.checkpoint.blocks import whole_block
 from moebius.checkpoint.decoding import read_decoded
-from moebius.checkpoint.device import READERS, SLOT_BYTES, CudaFeed, CudaLane, PinnedSlots, cuda_streams, send
+from moebius.checkpoint.device import READERS, Lane, PinnedSlots, cuda_feed, send
 from moebius.checkpoint.extents import Extent, extents
 from moebius.checkpoint.files import ITEM_BYTES, TensorInfo
 from moebius.checkpoint.jobs import Job, Run, Staged, jobs, pieces
@@ -26,7 +26,7 @@ from moebius.checkpoint.mapping import Mapper, by_target, mappable
 from moebius.checkpoint.packing import read_packed
 from moebius.checkpoint.packing_batches import read_batched
 from moebius.checkpoint.pages import make_present
-from moebius.checkpoint.planning import STAGING_BYTES, Decode, Pack, Plan, Read
+from moebius.checkpoint.planning import DEVICE_PACKING_BYTES, STAGING_BYTES, Decode, Pack, Plan, Read
 from moebius.checkpoint.pool import default_readers, run_all, run_each
 from moebius.checkpoint.reading import Shards, raw_bytes, read_into, torch_dtype
 from moebius.checkpoint.staging import stage
@@ -99,11 +99,17 @@ def check_room(plan: Plan, device: Devices) -> None:
 
 def needed_bytes(plan: Plan, device: Devices) -> dict[str, int]:
     """Of each device, at the peak of loading."""
-    staging = plan.peak_bytes - plan.target_bytes
-    nbytes = Counter[str]()
+    nbytes = Counter[torch.device]()
     for name, place in _places(plan, device).items():
-        nbytes[str(place)] += plan.targets[name].nbytes
-    return {name: held + staging for name, held in nbytes.items()}
+        nbytes[place] += plan.targets[name].nbytes
+    return {str(place): held + _staging_bytes(plan, place) for place, held in nbytes.items()}
+
+
+def _staging_bytes(plan: Plan, place: torch.device) -> int:
+    """Of a device, beside its targets."""
+    if plan.packs and place.type == "cuda":
+        return DEVICE_PACKING_BYTES
+    return plan.peak_bytes - plan.target_bytes
 
 
 def free_bytes(device: str) -> int | None:
@@ -246,18 +252,15 @@ class _Loader:
 
     def _send(self, todo: Iterable[Job], device: torch.device) -> None:
         """Fills tensors on a GPU."""
-        threads, pinned = self._options.device_threads, self._slots()
-        device = torch.empty(0, device=device).device  # with its index
-        with torch.cuda.device(device), cuda_streams(device) as streams:
-            free = iter(streams * max(1, threads))  # in turns
+        with cuda_feed(device, self._slots()) as feed:
 
             def begin() -> Callable[[Extent], None]:
-                lane = CudaLane(device, next(free), pinned)
+                lane = feed.lane()
                 return lambda extent: self._send_one(extent, lane)
 
-            run_each(extents(todo, SLOT_BYTES), begin, threads)
+            run_each(extents(todo, feed.slot_bytes), begin, self._options.device_threads)
 
-    def _send_one(self, extent: Extent, lane: CudaLane) -> None:
+    def _send_one(self, extent: Extent, lane: Lane) -> None:
         send(extent, lane, self._tensors, self._shards)
         self._advance(sum(job.payload for job in extent.jobs))
 
@@ -283,12 +286,13 @@ class _Loader:
         return faults
 
     def _pack(self, packs: Sequence[Pack], device: torch.device, check: bool) -> list[Fault]:
-        given, options = (packs, self._tensors, self._shards.read_into), self._options
+        kept = {"advance": self._advance, "look_for_nan": check}
         if device == CPU:
-            return read_packed(*given, threads=options.threads, advance=self._advance, look_for_nan=check)
-        with torch.cuda.device(device):
-            feed, threads = CudaFeed(device, self._slots()), options.device_threads
-            return read_batched(*given, feed, threads=threads, advance=self._advance, look_for_nan=check)
+            threads = self._options.threads
+            return read_packed(packs, self._tensors, self._shards.read_into, threads=threads, **kept)
+        with cuda_feed(device, self._slots()) as feed:
+            threads = self._options.device_threads
+            return read_batched(packs, self._tensors, self._shards, feed, threads=threads, **kept)
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:

@@ -27,6 +27,7 @@ from moebius.errors import Fault
 from moebius.quantization.decoding import quantize
 
 PIECE_ELEMENTS = (1 << 15) - 1  # quantized at once: torch does so many on one thread, and leaves others to our readers
+DEVICE_PIECE_ELEMENTS = 4 << 20  # on a GPU: their arithmetic and a slab of TRANSPOSED_BYTES fit DEVICE_PACKING_BYTES
 TRANSPOSED_BYTES = 64 << 20  # for slabs of transposed rows, all threads together: a matrix is read again for every slab
 
 
@@ -39,6 +40,11 @@ class Slab(NamedTuple):
     first: int
     rows: int
     segment: int
+
+    @property
+    def matrix(self) -> int:
+        """The number of its matrix among those of the weight."""
+        return _matrix(self.at, self.pack.shape[:-2])
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +99,7 @@ def _rows(slab: Slab, read_into: ReadInto) -> Tensor:
     if isinstance(info, Encoded):
         return _decoded(info, _narrowed(_from_its_start(slab), slab.rows), shape, read_into)
     rows = torch.empty(shape, dtype=torch_dtype(info.dtype))
-    put_together(slab, raw_bytes(rows), read_into)
+    _put_together(slab, raw_bytes(rows), read_into)
     return rows
 
 
@@ -157,7 +163,7 @@ def _swapped(part: Part) -> Part:
 # --- as the files hold them ----------------------------------------------------------------------------------------
 
 
-def put_together(slab: Slab, memory: memoryview, read_into: ReadInto) -> None:
+def _put_together(slab: Slab, memory: memoryview, read_into: ReadInto) -> None:
     """Fills `memory`, slab.nbytes, with the slab [rows, in] of a plain weight, in the stored dtype."""
     info = slab.pack.info
     assert isinstance(info, TensorInfo)
@@ -168,7 +174,7 @@ def put_together(slab: Slab, memory: memoryview, read_into: ReadInto) -> None:
         _rearrange(info, block, torch.frombuffer(memory, dtype=torch_dtype(info.dtype)), read_into)
 
 
-@lru_cache(maxsize=1 << 14)  # reckoned once for all that is alike: readers on a GPU have little time between two reads
+@lru_cache(maxsize=1 << 14)  # layers are alike
 def _block(part: Part, shape: tuple[int, int], stored: tuple[int, ...]) -> tuple[Block, bool]:
     """What of a part lies in a slab, as one block, and whether its bytes lie alike on both sides."""
     inside = _narrowed(part, shape[0])
@@ -231,21 +237,28 @@ def _with_lead(part: Part, shape: tuple[int, int]) -> tuple[int, ...]:
 def _quantize(slab: Slab, rows: Tensor, tensors: Mapping[str, Tensor]) -> None:
     """Rows of a slab into the places of their values and scales."""
     pack, quantum = slab.pack, slab.pack.form.quantum_rows
-    values, scales = places(slab, tensors)
-    limit = PIECE_ELEMENTS if values.device.type == "cpu" else rows.numel()
+    values, scales = (place[0] for place in places(slab, tensors))
+    limit = PIECE_ELEMENTS if values.device.type == "cpu" else DEVICE_PIECE_ELEMENTS
     for row, column, piece in _pieces(pack, rows.to(values.device), limit):
         packed, packed_scales = quantize(pack.form, piece)
         _put(packed, values, row, column * values.shape[1] // pack.shape[-1])
         _put(packed_scales, scales, row // quantum, column * scales.shape[1] // pack.shape[-1])
 
 
-def places(slab: Slab, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Where a slab's values [rows, ...] and scales [ceil(rows / quantum rows), ...] go, as views."""
+def places(slab: Slab, tensors: Mapping[str, Tensor], n: int = 1) -> tuple[Tensor, Tensor]:
+    """Where the values [n, rows, ...] and scales [n, ceil(rows / quantum rows), ...] of a slab, and of the same rows of
+    the matrices after its own, go, as views.
+    """
     pack, quantum = slab.pack, slab.pack.form.quantum_rows
     height = pack.shape[-2] // pack.segments
     above = slab.segment * math.ceil(height / quantum) + (slab.first - slab.segment * height) // quantum
-    values, scales = tensors[pack.name][slab.at], tensors[pack.scale_name][slab.at]
-    return values[slab.first : slab.first + slab.rows], scales[above : above + math.ceil(slab.rows / quantum)]
+    values, scales = (_matrices(tensors[name], slab, n) for name in (pack.name, pack.scale_name))
+    return values[:, slab.first : slab.first + slab.rows], scales[:, above : above + math.ceil(slab.rows / quantum)]
+
+
+def _matrices(tensor: Tensor, slab: Slab, n: int) -> Tensor:
+    """n matrices [n, rows, ...] of a weight's values or scales, from that of the slab on."""
+    return tensor.unsqueeze(0).flatten(0, len(slab.at))[slab.matrix : slab.matrix + n]
 
 
 def _pieces(pack: Pack, rows: Tensor, limit: int) -> Iterator[tuple[int, int, Tensor]]:

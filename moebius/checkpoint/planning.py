@@ -37,6 +37,7 @@ ADVICE = "fetch the checkpoint again; if config.json was edited, put back what i
 STAGING_BYTES = 1 << 20  # for what cannot be read straight into place; small enough to stay in the cache
 DECODING_BYTES = 24 << 20  # for what is decoded: stored bytes, the same in float32, and what the arithmetic needs
 PACKING_BYTES = 96 << 20  # for what is quantized: rows as they are stored, and what the arithmetic needs
+DEVICE_PACKING_BYTES = 224 << 20  # the same on a GPU, where each launch has to do with many rows
 
 
 @dataclass(frozen=True, slots=True)

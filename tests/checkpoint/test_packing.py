@@ -7,7 +7,7 @@ import torch
 
 from moebius import ArgumentError, CheckpointError, Concatenate, Interleave, MergeModulelist, Transpose, WeightConverter
 from moebius.checkpoint import load
-from moebius.checkpoint.loading import LoadOptions
+from moebius.checkpoint.loading import LoadOptions, needed_bytes
 from moebius.checkpoint.planning import Plan, Target
 from moebius.checkpoint.quantizing import Packing, quantized
 from moebius.quantization.decoding import quantize
@@ -142,6 +142,12 @@ def test_the_plan_says_what_is_quantized_to_how_many_bytes_and_progress_adds_up(
     seen = Seen()
     load(plan, progress=seen)
     assert seen.total == sum(seen.steps) == plan.bytes_to_read == 30720 + 32
+
+
+def test_what_a_device_needs_beside_the_quantized_model_is_more_on_a_gpu(tmp_path):
+    plan = packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4())
+    assert needed_bytes(plan, "cpu") == {"cpu": plan.target_bytes + (96 << 20)}
+    assert needed_bytes(plan, "cuda:0") == {"cuda:0": plan.target_bytes + (224 << 20)}
 
 
 class Seen:

@@ -1,23 +1,24 @@
-"""Quantized in batches, as on a GPU, through a feed to the host: the bits of the whole weight quantized, and no thread
+"""Quantized in windows, as on a GPU, through a feed to the host: the bits of the whole weight quantized, and no thread
 left waiting whoever fails.
 """
 
+import json
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moebius import AutoModelForCausalLM, Interleave, Transpose, WeightConverter
-from moebius.checkpoint import device, load, packing_batches
-from moebius.checkpoint.device import SLOTS, CudaLane, PinnedSlots, Slot, Slots
-from moebius.checkpoint.packing_batches import ARITHMETIC_BYTES, read_batched
+from moebius import AutoModelForCausalLM, Interleave, Transpose, WeightConverter, WeightSkip
+from moebius.checkpoint import load, packing_batches, reading
+from moebius.checkpoint.device import Slot, Slots
+from moebius.checkpoint.packing_batches import ARITHMETIC_BYTES, WINDOWS, read_batched
 from moebius.checkpoint.planning import Plan, Target
 from moebius.checkpoint.quantizing import Packing, quantized
 from moebius.checkpoint.reading import Shards, raw_bytes, torch_dtype
-from moebius.errors import CapacityError
 from moebius.quantization.decoding import quantize
 from moebius.quantization.forms import BlockFp8, Int8, Mxfp4, PackedInt4
 from tests.checkpoint.folders import planned, write
@@ -38,44 +39,110 @@ from tests.checkpoint.test_packing import (
 from tests.families import tiny_config
 from tests.quantized_folders import int4_pack
 
-MATRIX = WIDTH * HIDDEN  # elements of one expert's gate or up
+MATRIX = WIDTH * HIDDEN * 2  # bytes of one expert's gate or up in bfloat16
+
+
+class Copies:
+    """A stream, and the event that all on it has come to pass: nothing on it does until somebody waits."""
+
+    def __init__(self, *todo):
+        self.todo, self.waited, self.lock = list(todo), False, threading.Lock()
+
+    def record_event(self):
+        return self
+
+    def query(self):
+        return self.waited
+
+    def synchronize(self):
+        with self.lock:
+            while self.todo:
+                self.todo.pop(0)()
+            self.waited = True
+
+
+class HostLane:
+    """A Lane to the host; what was in a slot from which the copies are done is gone."""
+
+    def __init__(self, feed: "HostFeed"):
+        self.feed, self.todo, self.after = feed, [], None
+
+    def slot(self):
+        self.held = self.feed.slots.take()
+        return self.held
+
+    def wait(self, event):
+        self.after = event
+
+    def copy(self, target, start, begin, nbytes):
+        source = self.held.tensor[begin : begin + nbytes]
+        self.todo.append(lambda: target[start : start + nbytes].copy_(source))
+        self.feed.copies.append((target.data_ptr(), self.after))
+
+    def sent(self):
+        sent = Copies(*self.todo, partial(self.held.tensor.fill_, 255))
+        self.todo = []
+        self.feed.slots.give(self.held, sent)
+        return sent
 
 
 class HostFeed:
-    """A Feed to the host; what was in a slot that is given back is gone."""
+    """A Feed to the host, whose copies are done no sooner than somebody waits for them.
 
-    def __init__(self, slot_bytes: int = 1 << 20, count: int = 3):
-        self.slot_bytes, self.slots = slot_bytes, Slots()
-        self.take = self.slots.take
+    copies: the address of the buffer that each goes to, and the event that the lane waited for before.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, slot_bytes: int = 1 << 20, count: int = 4):
+        self.slot_bytes, self.slots, self.copies = slot_bytes, Slots(), []
         for _ in range(count):
             tensor = torch.empty(slot_bytes, dtype=torch.uint8)
             self.slots.give(Slot(tensor, raw_bytes(tensor)))
 
-    def copy(self, target, start, slot, nbytes):
-        target.view(-1).view(torch.uint8)[start : start + nbytes] = slot.tensor[:nbytes]
+    def lane(self):
+        return HostLane(self)
 
-    def give(self, slot):
-        slot.tensor.fill_(255)
-        self.slots.give(slot)
+    def wait(self, events):
+        for event in events:
+            event.synchronize()
+
+    def mark(self):
+        return Copies()
 
 
-def batched(plan: Plan, feed: HostFeed, threads: int = 4, read_into=None, **options):
+def batched(plan: Plan, feed: HostFeed, threads: int = 4, **options):
     """What the plan's packs fill, and the faults."""
     targets = [plan.targets[name] for pack in plan.packs for name in (pack.name, pack.scale_name)]
     tensors = {target.name: torch.empty(target.shape, dtype=torch_dtype(target.dtype)) for target in targets}
     with Shards(plan.files.shards) as shards:
-        read_into = read_into or shards.read_into
-        return tensors, read_batched(plan.packs, tensors, read_into, feed, threads=threads, **options)
+        return tensors, read_batched(plan.packs, tensors, shards, feed, threads=threads, **options)
 
 
-def none_reads_any_more() -> bool:
-    return not [thread for thread in threading.enumerate() if thread.name.startswith("moebius-reader")]
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("moebius-reader")]
+
+
+def windows_of(monkeypatch, window_bytes: int, matrices: int = 100) -> None:
+    """Windows of so many bytes, of which so many matrices are quantized at once, in int4."""
+    monkeypatch.setattr(packing_batches, "WINDOW_BYTES", window_bytes)
+    elements = matrices * WIDTH * HIDDEN
+    monkeypatch.setattr(packing_batches, "QUANTIZING_BYTES", elements * (ARITHMETIC_BYTES["int4_pack"] + 2))
 
 
 @pytest.fixture
-def small_batches(monkeypatch):
-    """Four bfloat16 matrices a batch, where the form is int4."""
-    monkeypatch.setattr(packing_batches, "PACKING_BYTES", 4 * MATRIX * (ARITHMETIC_BYTES["int4_pack"] + 3 * 2))
+def small_windows(monkeypatch):
+    """One expert each, its gate and its up."""
+    windows_of(monkeypatch, 2 * MATRIX)
+
+
+@pytest.fixture
+def shapes(monkeypatch) -> list[tuple[int, ...]]:
+    """Of all that is quantized in windows."""
+    seen = []
+    spied = lambda form, rows: seen.append(tuple(rows.shape)) or quantize(form, rows)  # noqa: E731
+    monkeypatch.setattr(packing_batches, "quantize", spied)
+    return seen
 
 
 # --- the bits ----------------------------------------------------------------------------------------------------
@@ -84,7 +151,7 @@ def small_batches(monkeypatch):
 @every_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("threads", [0, 1, 4])
-def test_batches_give_what_the_whole_weight_would(tmp_path, form, dtype, threads):
+def test_windows_give_what_the_whole_weight_would(tmp_path, form, dtype, threads):
     whole = weight(dtype)
     plan = packing(write(tmp_path, per_expert(whole), shards=3), PACK, form)
     tensors, faults = batched(plan, HostFeed(), threads)
@@ -93,23 +160,67 @@ def test_batches_give_what_the_whole_weight_would(tmp_path, form, dtype, threads
 
 
 @every_form
-@pytest.mark.parametrize("slot_bytes", [1, 30 * HIDDEN * 2, 1 << 20])
-@pytest.mark.parametrize("packing_bytes", [1, 50_000, 1_000_000])
-def test_however_small_slots_and_batches_are(tmp_path, monkeypatch, form, slot_bytes, packing_bytes):
-    monkeypatch.setattr(packing_batches, "PACKING_BYTES", packing_bytes)
+@pytest.mark.parametrize("slot_bytes", [1000, 1 << 20])
+@pytest.mark.parametrize("window_bytes", [1, MATRIX, 2 * MATRIX + 50, 1_000_000])
+@pytest.mark.parametrize("matrices", [0, 1, 2, 100])
+def test_however_small_slots_and_windows_are(tmp_path, monkeypatch, form, slot_bytes, window_bytes, matrices):
+    windows_of(monkeypatch, window_bytes, matrices)
     whole = weight()
     plan = packing(write(tmp_path, per_expert(whole)), PACK, form)
     assert_quantized(batched(plan, HostFeed(slot_bytes))[0], form, whole)
 
 
 @every_form
-@pytest.mark.parametrize("slot_bytes", [30 * HIDDEN * 2, 1 << 20])
-def test_transposed_rows_that_alternate_are_put_in_order_first(tmp_path, form, slot_bytes):
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("window_bytes", [MATRIX, 2 * MATRIX, 1_000_000])
+def test_transposed_and_alternating_rows_are_seen_through(tmp_path, monkeypatch, form, transposed, window_bytes):
+    windows_of(monkeypatch, window_bytes)
     whole = weight()
-    alternating = torch.stack(whole.chunk(2, dim=1), dim=2).flatten(1, 2)
+    stored = torch.stack(whole.chunk(2, dim=1), dim=2).flatten(1, 2)
+    operations = [Interleave(dim=1, undo=True)]
+    if transposed:
+        stored, operations = stored.transpose(1, 2).contiguous(), [Transpose(1, 2), *operations]
+    plan = packing(write(tmp_path, {NAME: stored}), [WeightConverter(NAME, NAME, operations)], form)
+    assert_quantized(batched(plan, HostFeed())[0], form, whole)
+
+
+def test_what_two_halves_of_a_matrix_share_is_read_once(tmp_path, monkeypatch, small_windows):
+    stored = torch.stack(weight().chunk(2, dim=1), dim=2).flatten(1, 2).transpose(1, 2).contiguous()
     rules = [WeightConverter(NAME, NAME, [Transpose(1, 2), Interleave(dim=1, undo=True)])]
-    plan = packing(write(tmp_path, {NAME: alternating.transpose(1, 2).contiguous()}), rules, form)
-    assert_quantized(batched(plan, HostFeed(slot_bytes))[0], form, whole)
+    plan, feed = packing(write(tmp_path, {NAME: stored}), rules, PackedInt4()), HostFeed()
+    batched(plan, feed)
+    assert len(feed.copies) == EXPERTS
+
+
+def write_as_it_comes(folder, tensors: dict[str, torch.Tensor]):
+    """A file of the tensors in this order, at any byte; the safetensors library would sort them."""
+    header, data, dtypes = {}, b"", {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
+    for name, tensor in tensors.items():
+        offsets = [len(data), len(data) + tensor.nbytes]
+        header[name] = {"dtype": dtypes[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+        data += bytes(raw_bytes(tensor))
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return folder
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [2, 1, 0]], ids=str)
+@pytest.mark.parametrize("between", [0, 1], ids=["side by side", "a byte apart"])
+def test_experts_in_any_order_at_any_byte_come_to_their_places(tmp_path, order, between):
+    whole = weight(torch.float32)
+    stored = sorted(per_expert(whole).items(), key=lambda item: order.index(int(item[0].split(".")[1])))
+    odd = [(f"odd.{at}", torch.zeros(between, dtype=torch.uint8)) for at in range(len(stored))]
+    folder = write_as_it_comes(tmp_path, dict(item for pair in zip(odd, stored, strict=True) for item in pair))
+    plan = packing(folder, [*PACK, WeightSkip("odd.*", "it is not a weight")], PackedInt4())
+    assert_quantized(batched(plan, HostFeed())[0], PackedInt4(), whole)
+
+
+def test_float32_right_after_an_odd_number_of_bfloat16_is_aligned(tmp_path):
+    stored = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(3, 5)}
+    plain = planned(write_as_it_comes(tmp_path, stored), [], [Target(name, (3, 5), "float32") for name in stored])
+    found = batched(quantized(plain, dict.fromkeys(stored, Packing(Int8()))), HostFeed())[0]
+    for name, matrix in stored.items():
+        assert all(map(same_bits, (found[name], found[f"{name}_scale"]), quantize(Int8(), matrix)))
 
 
 @every_form
@@ -137,15 +248,31 @@ def test_what_lies_in_another_form_is_quantized_too(tmp_path):
     assert all(same_bits(tensor, on_host[name]) for name, tensor in found.items())
 
 
-# --- batches -----------------------------------------------------------------------------------------------------
+# --- windows -----------------------------------------------------------------------------------------------------
 
 
-def test_slabs_that_are_alike_are_quantized_together_and_the_last_by_what_is_left(tmp_path, monkeypatch, small_batches):
-    seen = []
-    monkeypatch.setattr(packing_batches, "quantize", lambda form, rows: seen.append(rows.shape) or quantize(form, rows))
-    plan = packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4())
-    batched(plan, HostFeed())
-    assert seen == [(4, WIDTH, HIDDEN), (2 * EXPERTS - 4, WIDTH, HIDDEN)]
+def test_neighbours_are_read_in_one_go_and_those_that_are_alike_quantized_at_once(tmp_path, shapes):
+    plan, feed = packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4()), HostFeed()
+    batched(plan, feed)
+    assert len(feed.copies) == 1
+    assert shapes == [(EXPERTS, WIDTH, HIDDEN)] * 2
+
+
+@pytest.mark.parametrize("matrices", [1, 2])
+def test_no_more_are_quantized_at_once_than_there_is_memory_for(tmp_path, monkeypatch, shapes, matrices):
+    windows_of(monkeypatch, 1_000_000, matrices)
+    batched(packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4()), HostFeed())
+    assert [n for n, *_ in shapes] == {1: [1] * 6, 2: [2, 1] * 2}[matrices]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_a_buffer_is_filled_again_once_what_was_quantized_from_it_is_done(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(packing_batches, "WINDOW_BYTES", MATRIX)
+    plan, feed = packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4()), HostFeed()
+    batched(plan, feed, threads)
+    buffers, awaited = zip(*feed.copies, strict=True)
+    assert len(set(buffers)) == WINDOWS < len(buffers)
+    assert len(set(awaited)) == len(awaited)
 
 
 class Held(TorchDispatchMode):
@@ -169,17 +296,21 @@ class Held(TorchDispatchMode):
         self.now -= self.storages.pop(storage)
 
 
-def test_of_batches_that_are_not_full_few_are_held(tmp_path, monkeypatch):
-    heights, form = range(8, 129, 8), PackedInt4()
-    room = heights[-1] * HIDDEN * (ARITHMETIC_BYTES[form.name] + packing_batches.OPEN_BATCHES * 2)
-    monkeypatch.setattr(packing_batches, "PACKING_BYTES", room)
-    stored = {f"w{height}": torch.randn(height, HIDDEN).bfloat16() for height in heights}
-    plain = planned(write(tmp_path, stored), [], [Target(key, (*w.shape,), "bfloat16") for key, w in stored.items()])
-    plan = quantized(plain, dict.fromkeys(stored, Packing(form)))
+@pytest.mark.parametrize(
+    "sizes", [{"moe_intermediate_size": 256}, {"intermediate_size": 256}], ids=["qwen3", "gpt_oss"]
+)
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8", "mxfp4"])
+def test_beside_the_quantized_model_no_more_is_held_than_is_reckoned_with(tmp_path, monkeypatch, sizes, form):
+    family = "qwen3_moe" if "moe_intermediate_size" in sizes else "gpt_oss"
+    window, quantizing, slot = 1 << 20, 4 << 20, 1 << 16
+    monkeypatch.setattr(packing_batches, "WINDOW_BYTES", window)
+    monkeypatch.setattr(packing_batches, "QUANTIZING_BYTES", quantizing)
+    config = tiny_config(family, hidden_size=512, torch_dtype="bfloat16", **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    plan, feed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization=form).plan, HostFeed(slot, 1)
     with Held() as held:
-        batched(plan, HostFeed(), 0)
-    slots = 3 << 20
-    assert held.peak <= room + plan.target_bytes + slots
+        batched(plan, feed, 0, look_for_nan=True)
+    assert 0 < held.peak - WINDOWS * window - plan.target_bytes - slot <= quantizing
 
 
 @pytest.mark.parametrize("form", [Int8(), PackedInt4(), BlockFp8(), Mxfp4()], ids=lambda form: form.name)
@@ -195,7 +326,7 @@ def test_the_arithmetic_of_a_form_takes_no_more_memory_than_is_reckoned_with(for
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
-def test_nan_is_found_if_it_is_looked_for(tmp_path, small_batches):
+def test_nan_is_found_if_it_is_looked_for(tmp_path, small_windows):
     whole = weight()
     whole[1, 50, 3] = whole[2, 0, 0] = torch.nan
     plan = packing(write(tmp_path, per_expert(whole)), PACK, PackedInt4())
@@ -212,103 +343,46 @@ def test_every_stored_byte_is_told_of_once(tmp_path, threads):
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
-@pytest.mark.parametrize("slots", [1, 3])
-def test_a_readers_error_is_raised_and_all_slots_come_back(tmp_path, threads, slots):
-    def torn(info, memory, start):
-        if info.name == "experts.1.gate_proj.weight":
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_a_readers_error_is_raised_once_all_have_stopped(tmp_path, monkeypatch, small_windows, threads, number):
+    def torn(descriptor, place, offset, file):
+        if offset == plan.packs[number].info.offset:
             raise OSError("torn")
+        reading.read_into(descriptor, place, offset, file)
 
-    plan, feed = packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4()), HostFeed(count=slots)
+    monkeypatch.setattr(packing_batches, "WINDOW_BYTES", MATRIX)
+    monkeypatch.setattr(packing_batches, "read_into", torn)
+    plan = packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4())
     with pytest.raises(OSError, match="torn"):
-        batched(plan, feed, threads, read_into=torn)
-    assert none_reads_any_more()
-    assert feed.slots._free.qsize() == slots
+        batched(plan, HostFeed(count=max(1, threads)), threads)
+    assert not readers()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("threads", [0, 1, 4])
 @pytest.mark.parametrize("name", ["quantize", "places"])
-def test_nobody_waits_for_a_slot_for_ever_when_the_quantizing_thread_fails(
-    tmp_path, monkeypatch, small_batches, error, threads, name
+def test_nobody_waits_for_a_buffer_for_ever_when_the_quantizing_thread_fails(
+    tmp_path, monkeypatch, error, threads, name
 ):
     def fail(*_):
         raise error("in vain")
 
+    monkeypatch.setattr(packing_batches, "WINDOW_BYTES", MATRIX)
     monkeypatch.setattr(packing_batches, name, fail)
     plan = packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4())
     with pytest.raises(error, match="in vain"):
-        batched(plan, HostFeed(count=1), threads)
-    assert none_reads_any_more()
+        batched(plan, HostFeed(), threads)
+    assert not readers()
 
 
-def test_a_copy_that_fails_gives_its_slot_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["lane", "slot", "copy", "sent"])
+@pytest.mark.parametrize("threads", [0, 4])
+def test_a_device_that_refuses_is_an_error_and_nobody_waits(tmp_path, monkeypatch, name, threads):
     def refuse(*_):
         raise RuntimeError("refused")
 
-    monkeypatch.setattr(HostFeed, "copy", refuse)
-    feed = HostFeed(count=1)
+    monkeypatch.setattr(packing_batches, "WINDOW_BYTES", MATRIX)
+    monkeypatch.setattr(HostFeed if name == "lane" else HostLane, name, refuse)
     with pytest.raises(RuntimeError, match="refused"):
-        batched(packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4()), feed)
-    assert none_reads_any_more()
-    assert feed.slots._free.qsize() <= 1
-
-
-# --- slots -------------------------------------------------------------------------------------------------------
-
-
-class Copies:
-    """A stream, and the event that all on it has come to pass; neither has until somebody waits."""
-
-    waited = False
-
-    def record_event(self):
-        return self
-
-    def query(self):
-        return self.waited
-
-    def synchronize(self):
-        self.waited = True
-
-
-def test_a_slot_is_taken_again_once_the_copies_from_it_are_done():
-    slots, copies = Slots(), Copies()
-    slots.give(slot := Slot(torch.empty(1), memoryview(b" ")), copies)
-    assert not copies.waited
-    assert slots.take() is slot
-    assert copies.waited
-
-
-def test_lanes_and_packing_share_slots(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    slots, copies = HostFeed(count=1).slots, Copies()
-    lane = CudaLane(torch.device("cuda"), copies, slots)
-    held = lane.slot()
-    assert slots._free.empty()
-    lane.sent()
-    assert slots.take() is held
-    assert copies.waited
-
-
-def test_pinned_slots_go_when_they_are_unpinned(monkeypatch):
-    monkeypatch.setattr(device, "_pinned", lambda nbytes: torch.empty(8, dtype=torch.uint8))
-    monkeypatch.setattr(device, "_enter_context", lambda: None)
-    slots = PinnedSlots()
-    taken = [slots.take() for _ in range(SLOTS)]
-    memory = [weakref.ref(slot.tensor) for slot in taken]
-    while taken:
-        slots.give(taken.pop())
-    slots.unpin()
-    for thread in threading.enumerate():
-        if thread.name == "moebius-unpinning":
-            thread.join()
-    assert not [ref for ref in memory if ref()]
-
-
-def test_memory_that_cannot_be_pinned_is_an_error_of_who_waits_for_it(monkeypatch):
-    def refuse(nbytes):
-        raise CapacityError("no memory can be pinned")
-
-    monkeypatch.setattr(device, "_pinned", refuse)
-    with pytest.raises(CapacityError, match="no memory can be pinned"):
-        PinnedSlots().take()
+        batched(packing(write(tmp_path, per_expert(weight())), PACK, PackedInt4()), HostFeed(), threads)
+    assert not readers()

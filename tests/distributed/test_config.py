@@ -43,6 +43,12 @@ def test_sizes_that_do_not_fit_the_ranks_are_refused(fields, ranks, names):
         DistributedConfig(**fields).grid(ranks, 8)
 
 
+def test_a_size_that_was_not_given_is_not_named():
+    with pytest.raises(ArgumentError) as refused:
+        DistributedConfig(ep_size=3).grid(4, 8)
+    assert [fault.where for fault in refused.value.faults] == ["ep_size"]
+
+
 @pytest.mark.parametrize(
     ("fields", "names"),
     [

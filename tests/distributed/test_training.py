@@ -18,6 +18,7 @@ from moebius.distributed.expert_parallel import parallel_experts
 from moebius.distributed.ranks import Ranks, join
 from moebius.distributed.sharding import shard
 from moebius.distributed.spread import local, spread_of
+from moebius.errors import CheckpointError
 from moebius.layers.decoder import Decoder
 from moebius.training.config import TrainingConfig
 from moebius.training.data import TokenWindows
@@ -52,6 +53,7 @@ CASES = [
     Case(2, 5, {"enable_expert_parallel": True}),
     Case(3, 4, DISTINCT, "layer"),
     Case(4, 5, {"ep_size": 2, "batch": "distinct", "fsdp_size": 4}),
+    Case(2, 4, {"enable_expert_parallel": True, "fsdp_size": 2}),
 ]
 MORE_CASES = [
     Case(2, 5, {**DISTINCT, "exchange": "all_to_all"}, "layer"),
@@ -60,6 +62,8 @@ MORE_CASES = [
     Case(4, 4, {"ep_size": 4, "batch": "distinct", "fsdp_size": 4}),
     Case(4, 3, {"ep_size": 2, "batch": "distinct", "fsdp_size": 2}),
     Case(4, 3, {"ep_size": 1, "batch": "distinct", "fsdp_size": 2}),
+    Case(4, 5, {"ep_size": 2, "fsdp_size": 4}),
+    Case(4, 4, {"ep_size": 2, "fsdp_size": 2}),
 ]
 
 
@@ -151,6 +155,21 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path):
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
+def resume_apart(ranks: Ranks, path: Path) -> str:
+    """The last rank sees a folder of its own, in which there is nothing."""
+    try:
+        run_to(ranks, CASES[1], 3, path / ("elsewhere" if ranks.rank else "state"))
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_would_go_on_from_other_steps_are_told_so(tmp_path):
+    run_ranks(2, run_to, CASES[1], 2, tmp_path / "state")
+    found = run_ranks(2, resume_apart, tmp_path)
+    assert all("other steps on some ranks than on others: 2, None" in each for each in found)
+
+
 # --- through the front door ------------------------------------------------------------------------------------------
 
 
@@ -168,8 +187,9 @@ def tune_on(ranks: Ranks, folder: Path, out: Path, fields: dict[str, Any]) -> li
     return tune(folder, out, distributed_config=DistributedConfig(**fields))
 
 
-def test_a_model_is_opened_trained_and_saved_by_all_ranks_as_by_one(tmp_path):
-    model = AutoModelForCausalLM.from_config(hub_config("qwen3_moe", num_experts=5))
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_is_opened_trained_and_saved_by_all_ranks_as_by_one(tmp_path, tied):
+    model = AutoModelForCausalLM.from_config(hub_config("qwen3_moe", num_experts=5, tie_word_embeddings=tied))
     randomize(model, seed=3)
     model.save_pretrained(tmp_path / "hub")
     expected = tune(tmp_path / "hub", tmp_path / "one")

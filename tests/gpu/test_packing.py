@@ -28,8 +28,8 @@ def test_a_card_holds_the_bits_that_the_host_holds(family, form, tmp_path):
 @every_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("options", [LoadOptions(), LoadOptions("sync"), LoadOptions(readers=3)], ids=str)
-def test_matrices_in_batches_hold_the_bits_that_the_whole_weight_would(form, dtype, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("moebius.checkpoint.packing_batches.PACKING_BYTES", 200_000)
+def test_matrices_in_windows_hold_the_bits_that_the_whole_weight_would(form, dtype, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("moebius.checkpoint.packing_batches.WINDOW_BYTES", 24_000)
     whole = weight(dtype)
     plan = packing(write(tmp_path, per_expert(whole), shards=3), PACK, form)
     found = load(plan, device="cuda", options=options)
