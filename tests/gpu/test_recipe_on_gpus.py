@@ -15,8 +15,9 @@ from tests.families import randomize, tiny_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LIMIT = 20.0  # seconds that ranks wait for one another
+NCCL_SECONDS = 100  # that NCCL's watchdog may take beyond the limit, to write down what hung and to end the process
 SCRIPT = """
 import os, signal, sys, torch
 from moebius import AutoModelForCausalLM, DistributedConfig
@@ -83,18 +84,18 @@ def test_without_torchrun_the_rank_that_is_left_ends_by_itself(folder, killed, s
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     begin, ranks = time.monotonic(), []
+    most = LIMIT + (NCCL_SECONDS if killed == "within a step" else 40)
     for rank in range(2):
         variables = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         words = [sys.executable, *command(folder, killed)]
         ranks.append(subprocess.Popen(words, env=variables, stdout=-1, stderr=-1, text=True))
     try:
-        out, err = ranks[0].communicate(timeout=120)
+        out, err = ranks[0].communicate(timeout=most + 20)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
-    print(err)
     assert ranks[0].returncode != 0
-    assert time.monotonic() - begin < LIMIT + 60
+    assert time.monotonic() - begin < most
     assert said in err
     assert not out
