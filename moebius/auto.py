@@ -231,7 +231,7 @@ class AutoModelForCausalLM:
             with stages.timed("files"):
                 here = found(folder, name)
         place = on_ranks.arranged(ranks, asked, here.config)
-        with on_ranks.together(ranks, f"loading {folder}"):
+        with on_ranks.together(ranks, f"planning {folder}"):
             opened, model = _planned(
                 here,
                 weight_conversions=weight_conversions,
@@ -241,7 +241,8 @@ class AutoModelForCausalLM:
                 place=place,
                 stages=stages,
             )
-            on_ranks.shard(model, place)
+        on_ranks.shard(model, place)  # makes groups: on all ranks, once all have a plan
+        with on_ranks.together(ranks, f"loading {folder}"):
             model.source = opened
             model.generation_config = GenerationConfig.from_pretrained(folder)
             plan = owned(opened.plan, model.boxes) if place else opened.plan
@@ -287,11 +288,12 @@ class AutoModelForCausalLM:
         decoder_config = config if isinstance(config, DecoderConfig) else family.from_hf(raw)
         name = arguments.dtype_name_of(dtype) or decoder_config.dtype or "float32"
         decoder_config = replace(decoder_config, dtype=name)
+        asked = arguments.distributed_config_of(distributed_config)
+        ranks = on_ranks.entered(asked)
+        place = on_ranks.arranged(ranks, asked, decoder_config)
         model = _build(decoder_config, family, experts_implementation).to_empty(device="cpu")
         model.tie_weights()
-        model.init_weights(generator)
-        asked = arguments.distributed_config_of(distributed_config)
-        place = on_ranks.arranged(on_ranks.entered(asked), asked, decoder_config)
+        model.init_weights(on_ranks.same_noise(ranks, generator))
         return _spread(model, place, experts_implementation) if place else model
 
 

@@ -37,12 +37,12 @@ def targets(model: Decoder, spread: "Spread | None") -> list[Target]:
 
 def fill(model: Decoder, tensors: Mapping[str, torch.Tensor], spread: "Spread | None") -> None:
     """Gives the model its weights, {name: tensor}, a tied one under its first name; its own were without memory."""
-    aliases = {alias: tensors[name] for (name, *others), _ in named_tensors(model) for alias in others}
     if spread and spread.ranks.grid.fsdp > 1:
         from moebius.distributed import sharding
 
-        sharding.fill(model, {**tensors, **aliases})
+        sharding.fill(model, tensors)
     else:
+        aliases = {alias: tensors[name] for (name, *others), _ in named_tensors(model) for alias in others}
         model.load_state_dict({**tensors, **aliases}, strict=True, assign=True)
     model.tie_weights()
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from moebius import arguments
 from moebius.checkpoint import hub
 from moebius.config import DecoderConfig
 from moebius.distributed.config import DistributedConfig
-from moebius.errors import ArgumentError, ConfigError
+from moebius.errors import ArgumentError, ConfigError, Fault
 from moebius.experts.interface import Experts
 from moebius.layers.decoder import Decoder
 from moebius.placement import DeviceMap, Modules
@@ -54,8 +55,14 @@ class Place:
 
 
 def entered(config: DistributedConfig | None) -> "Ranks | None":
-    """The job's ranks, before the model is known; None if nothing is to be spread.  ArgumentError: sizes do not fit."""
-    if config is None or not _asks(config):
+    """The job's ranks, before the model is known; None if nothing is to be spread.
+
+    ArgumentError: sizes do not fit, or it says how to spread and not that.
+    """
+    if config is None:
+        return None
+    if not _asks(config):
+        _refuse_half_asked(config)
         return None
     from moebius.distributed.ranks import join
 
@@ -86,6 +93,21 @@ def arranged(ranks: "Ranks | None", config: DistributedConfig | None, decoder: D
 def _asks(config: DistributedConfig) -> bool:
     sizes = config.ep_size or 0, config.fsdp_size - 1, (config.dp_replicate_size or 1) - 1
     return config.enable_expert_parallel or any(sizes)
+
+
+def _refuse_half_asked(config: DistributedConfig) -> None:
+    default = DistributedConfig()
+    faults = [
+        Fault(f"{name}={getattr(config, name)!r}", "without effect", "nothing is spread")
+        for name in ("batch", "exchange")
+        if getattr(config, name) != getattr(default, name)
+    ]
+    if faults:
+        raise ArgumentError(
+            "distributed_config says how to spread experts over ranks, and not to do it",
+            faults=faults,
+            advice="add enable_expert_parallel=True, or an ep_size",
+        )
 
 
 def _check_same(ranks: "Ranks", decoder: DecoderConfig) -> None:
@@ -122,6 +144,19 @@ def located(name: str | os.PathLike[str], ranks: "Ranks | None", **download: Any
         finally:
             ranks.meet(what, DOWNLOAD_SECONDS)
     return hub.resolve(name, **{**download, "force_download": False})
+
+
+def same_noise(ranks: "Ranks | None", generator: torch.Generator | None) -> torch.Generator | None:
+    """What every rank makes the same new model with: the generator, in the state that rank 0's is in, or one of a seed
+    that rank 0 draws; torch's own begins otherwise in every process.
+    """
+    if ranks is None:
+        return generator
+    what = "making a new model"
+    if generator is None:
+        return torch.Generator().manual_seed(ranks.told(int(torch.empty((), dtype=torch.int64).random_()), what))
+    generator.set_state(ranks.told(generator.get_state(), what))
+    return generator
 
 
 # --- a model that is spread ------------------------------------------------------------------------------------------

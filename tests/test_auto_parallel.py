@@ -288,7 +288,9 @@ def test_what_one_rank_misses_is_every_ranks_error_where_fsdp_makes_groups_too(f
     config = {"ep_size": 2, "fsdp_size": 2, "batch": "distinct"}
     first, second, *others = run_ranks(4, error_on, [whole, broken, whole], {"config": config})
     assert second.startswith("CheckpointError: 1 fault")
-    assert all("CheckpointError: rank 1: " in each and "model.norm.weight: missing" in each for each in (first, *others))
+    assert all(
+        "CheckpointError: rank 1: " in each and "model.norm.weight: missing" in each for each in (first, *others)
+    )
 
 
 def test_ranks_that_find_different_models_are_told_so(folders):

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moebius.bench.parallel_exchanges import exchange_rows
 from moebius.bench.parallel_ways import COLLECTIVE_SECONDS, WAYS, Opened, opener
 from moebius.distributed.config import DistributedConfig
 from moebius.distributed.ranks import join
+from moebius.distributed.spread import local
 
 WARM_UPS = 3
 STEPS = 20  # decode steps that are timed together
@@ -123,7 +123,7 @@ def _loaded(job: Job) -> tuple[Opened, dict[str, Any]]:
     model = load()
     wait(model.device)
     seconds = time.perf_counter() - begin
-    held = {id(tensor): _local(tensor) for tensor in model.model.parameters()}
+    held = {id(tensor): local(tensor) for tensor in model.model.parameters()}
     return model, {
         "seconds": seconds,
         "read_bytes": _read_bytes() - before,
@@ -132,10 +132,6 @@ def _loaded(job: Job) -> tuple[Opened, dict[str, Any]]:
         "allocated_bytes": torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else None,
         "spelling": model.spelling,
     }
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _read_bytes() -> int:

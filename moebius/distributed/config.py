@@ -101,5 +101,5 @@ class DistributedConfig:
             yield Fault(
                 "fsdp_size", "does not fit", f"{self.fsdp_size} is no multiple of {ep} ranks that share experts"
             )
-        elif ranks % (replicate * ep):
+        elif not ranks % ep and ranks % (replicate * ep):
             yield Fault("dp_replicate_size", "does not divide", f"{ranks} ranks are not {replicate} times {ep}")

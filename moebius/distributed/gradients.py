@@ -22,10 +22,14 @@ BUCKET_BYTES = 64 << 20
 
 
 class Held(NamedTuple):
-    """Parameters of which the same part is on so many ranks; group: those ranks, None where FSDP2 sums over them."""
+    """Parameters of which the same part is on so many ranks (holders).
+
+    summed: over how many ranks their gradient adds up.  group: those ranks, None where FSDP2 has done it.
+    """
 
     parameters: Sequence[nn.Parameter]
     holders: int
+    summed: int
     group: dist.ProcessGroup | None
 
 
@@ -42,24 +46,27 @@ class Gradients:
 
     def reduce(self) -> None:
         """After a backward on every rank: each gradient becomes that of all tokens."""
-        for parameters, holders, group in self._held:
-            if group is not None and holders > 1:
-                divisor = holders if self._batch == "shared" else 1
-                for bucket in _buckets([_gradient(parameter) for parameter in parameters]):
-                    _add_up(bucket, group, divisor)
+        for parameters, _, summed, group in self._held:
+            gradients = [_gradient(parameter) for parameter in parameters]
+            if group is not None and summed > 1:
+                for bucket in _buckets(gradients):
+                    _add_up(bucket, group)
+            if self._batch == "shared":
+                for gradient in gradients:
+                    local(gradient).div_(summed)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales all gradients down to a global L2 norm of `max_norm` (1211.5063, section 3.2); gives the norm before,
         a float64 scalar, the same on every rank.
         """
         square = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
-        for parameters, holders, _ in self._held:
+        for parameters, holders, _, _ in self._held:
             norm = torch.nn.utils.get_total_norm([local(_gradient(parameter)) for parameter in parameters])
             square += norm.double().square() / holders
         dist.all_reduce(square)
         norm = square.sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameters, _, _ in self._held:
+        for parameters, *_ in self._held:
             for parameter in parameters:
                 gradient = local(_gradient(parameter))
                 gradient.mul_(scale.to(gradient.dtype))
@@ -79,8 +86,8 @@ def _held(decoder: Decoder, ranks: Ranks) -> Iterator[Held]:
         mine = [each for name, each in trained if (roles[name] == "routed_experts") == routed]
         plain = [each for each in mine if not isinstance(each, DTensor)]
         sharded = [each for each in mine if isinstance(each, DTensor)]
-        yield from (Held(plain, everywhere, group),) if plain else ()
-        yield from (Held(sharded, grid.replicate, None),) if sharded else ()
+        yield from (Held(plain, everywhere, everywhere, group),) if plain else ()
+        yield from (Held(sharded, grid.replicate, everywhere, None),) if sharded else ()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -103,8 +110,11 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _add_up(gradients: Sequence[Tensor], group: dist.ProcessGroup, divisor: int) -> None:
+def _add_up(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    if len(gradients) == 1 and gradients[0].is_contiguous():  # a large one, of which no copy is made
+        dist.all_reduce(gradients[0], group=group)
+        return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=group)
     for gradient, found in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
-        gradient.copy_(found.view_as(gradient)).div_(divisor)
+        gradient.copy_(found.view_as(gradient))

@@ -4,6 +4,7 @@ What concerns the host (errors, counts, ids) goes through a gloo group of its ow
 """
 
 import atexit
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from moebius.errors import ArgumentError, Fault, MoebiusError, RankError
 AXES = ("replicate", "efsdp", "ep")
 CALL_ON_ALL = "look at what the other ranks said first; a step that all share must be called on every rank"
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -94,7 +97,13 @@ class Ranks:
             yield
         except Exception as caught:  # noqa: BLE001  # raised again below, once the others know
             error = caught
-        failed = [(rank, found) for rank, found in enumerate(self.gathered(_written(error), what)) if found]
+        try:
+            found = self.gathered(_written(error), what)
+        except RankError:
+            if error:  # which says more than that others did not answer
+                raise error from None
+            raise
+        failed = [(rank, written) for rank, written in enumerate(found) if written]
         if error:
             raise error
         if failed:
@@ -118,7 +127,7 @@ def join(config: DistributedConfig, num_experts: int, *, device_type: str | None
     num_experts: the fewest of any sparse layer.  device_type: "cuda" or "cpu"; default: cuda, if there is a GPU for
     each rank of this host.  ArgumentError: the config does not fit the ranks, or there are too few GPUs.
     """
-    device = _device(device_type)
+    device = device_of(device_type)
     if not dist.is_initialized():
         _begin(device, config.timeout_seconds)
     grid = config.grid(dist.get_world_size(), num_experts)
@@ -133,12 +142,15 @@ def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def _device(device_type: str | None) -> torch.device:
+def device_of(device_type: str | None) -> torch.device:
+    """This rank's; device_type as in `join`."""
     place, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     found = torch.cuda.device_count() if device_type != "cpu" else 0
     if device_type == "cuda" and found < here:
         raise ArgumentError(f"{here} ranks on this host need a GPU each, found {found}")
     if found < here:
+        if found and place == 0:
+            logger.warning("%d ranks on this host and %d GPUs: all run on the CPU", here, found)
         return torch.device("cpu")
     torch.cuda.set_device(place)
     return torch.device("cuda", place)

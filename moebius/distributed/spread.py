@@ -13,7 +13,10 @@ from moebius.layers.decoder import Decoder
 
 
 class Spread(NamedTuple):
-    """boxes: of parameters and buffers, the rows (axis 0) held, where these are not all.  shapes: of all, whole."""
+    """boxes: of parameters and buffers, the rows (axis 0) held, where these are not all.  shapes: of all, whole.
+
+    A tied one is there under its first name.
+    """
 
     ranks: Ranks
     batch: Batch
@@ -34,7 +37,11 @@ def spread_of(decoder: Decoder) -> Spread | None:
         f"{name}.{own}": each for name, each in layers.items() for own, _ in each.named_parameters(recurse=False)
     }
     boxes, shapes = dict[str, range](), dict[str, tuple[int, ...]]()
-    for name, tensor in decoder.state_dict(keep_vars=True).items():  # what FSDP2 has gathered it lets go for this
+    named = decoder.state_dict(keep_vars=True)  # what FSDP2 has gathered it lets go for this
+    first_names = {id(tensor): name for name, tensor in reversed(named.items())}
+    for name, tensor in named.items():
+        if first_names[id(tensor)] != name:
+            continue
         held = experts[name].held if name in experts else range(tensor.shape[0] if tensor.ndim else 0)
         total = experts[name].layout.num_experts if name in experts else len(held)
         shapes[name] = (total, *tensor.shape[1:]) if tensor.ndim else ()

@@ -58,23 +58,36 @@ class StateFolder:
     def resume(self, decoder: Decoder, optimizer: torch.optim.AdamW, config: TrainingConfig) -> int:
         """Fills decoder and optimizer from the folder; the steps done, 0 where there is nothing.
 
-        ArgumentError: the run had other settings, `steps` aside.  CheckpointError: files that are not of this model.
+        ArgumentError: the run had other settings, `steps` aside.  CheckpointError: files that are not of this model, or
+        that ranks have of other steps.
         """
         spread = _spread(decoder)
         with spread.ranks.together("resuming") if spread else nullcontext():
-            if not self.path.exists() or not any(self.path.iterdir()):
-                return 0
             done = self._steps_done(config)
-            _make_moments(optimizer, done)
-            tensors = dict(_state(decoder, optimizer))
-            plan = checkpoint.plan(checkpoint.open_files(self.path), (), _targets(tensors, spread))
-            found = checkpoint.load(owned(plan, _boxes(tensors, spread)), device=next(decoder.parameters()).device)
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    _local(tensor, spread).copy_(found[name])
+        if spread and len(set(steps := spread.ranks.gathered(done, "resuming"))) > 1:
+            raise CheckpointError(
+                f"{self.path} has other steps on some ranks than on others: {', '.join(map(str, steps))}",
+                advice="give a folder that all hosts see",
+            )
+        if done is None:
+            return 0
+        with spread.ranks.together("resuming") if spread else nullcontext():
+            self._fill(decoder, optimizer, done, spread)
         return done
 
-    def _steps_done(self, config: TrainingConfig) -> int:
+    def _fill(self, decoder: Decoder, optimizer: torch.optim.AdamW, done: int, spread: "Spread | None") -> None:
+        _make_moments(optimizer, done)
+        tensors = dict(_state(decoder, optimizer))
+        plan = checkpoint.plan(checkpoint.open_files(self.path), (), _targets(tensors, spread))
+        found = checkpoint.load(owned(plan, _boxes(tensors, spread)), device=next(decoder.parameters()).device)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                _local(tensor, spread).copy_(found[name])
+
+    def _steps_done(self, config: TrainingConfig) -> int | None:
+        """None: there is nothing."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return None
         try:
             told = json.loads((self.path / FILE).read_text())
             done, settings = int(told["step"]), dict(told["settings"])

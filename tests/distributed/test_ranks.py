@@ -1,9 +1,12 @@
 """Ranks agree, or fail together; who is not there is named."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
+from moebius.distributed.ranks import device_of
 from moebius.errors import CheckpointError, Fault, RankError
 from tests.distributed.pool import run_ranks
 
@@ -20,7 +23,7 @@ def test_every_rank_learns_what_all_said_and_what_rank_0_told():
 def fail_alone(ranks: Any, error: Exception) -> str:
     try:
         with ranks.together("loading"):
-            if ranks.rank == 1:
+            if ranks.rank == 1 or ranks.size == 1:
                 raise error
     except Exception as caught:  # noqa: BLE001  # what is raised is the result
         return f"{type(caught).__name__}: {caught}"
@@ -40,6 +43,22 @@ def fail_alone(ranks: Any, error: Exception) -> str:
 )
 def test_an_error_of_one_rank_is_an_error_of_all_and_says_whose(error, own, others):
     assert run_ranks(3, fail_alone, error) == [others, own, others]
+
+
+def fail_while_others_are_gone(ranks: Any) -> str:
+    with mock.patch.object(ranks, "gathered", side_effect=RankError("not all answered")):
+        return fail_alone(ranks, CheckpointError("cut short"))
+
+
+def test_where_the_others_do_not_answer_a_ranks_own_error_is_the_one_it_ends_with():
+    assert run_ranks(1, fail_while_others_are_gone) == ["CheckpointError: cut short"]
+
+
+def test_too_few_gpus_for_the_ranks_of_a_host_are_told_of(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert device_of(None) == torch.device("cpu")
+    assert "2 ranks on this host and 1 GPUs: all run on the CPU" in caplog.text
 
 
 def come_late(ranks: Any, late: int) -> str:

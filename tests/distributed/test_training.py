@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from moebius import AutoModelForCausalLM
+from moebius.distributed import gradients
 from moebius.distributed.config import DistributedConfig
 from moebius.distributed.expert_parallel import parallel_experts
 from moebius.distributed.ranks import Ranks, join
@@ -22,6 +24,7 @@ from moebius.errors import CheckpointError
 from moebius.layers.decoder import Decoder
 from moebius.training.config import TrainingConfig
 from moebius.training.data import TokenWindows
+from moebius.training.share import share_of
 from moebius.training.states import StateFolder
 from moebius.training.trainer import TrainingResult, train
 from tests.distributed.pool import run_ranks
@@ -132,6 +135,39 @@ def assert_as_alone(found: list[Any], case: Case) -> None:
         assert torch.equal(result.expert_load, expected.expert_load)
         for name, (first, rows) in held.items():
             torch.testing.assert_close(rows, whole[name][first : first + len(rows)], atol=1e-5, rtol=1e-5)
+
+
+def trained_in_small_buckets(ranks: Ranks, case: Case) -> Any:
+    with mock.patch.object(gradients, "BUCKET_BYTES", 1):
+        return trained(ranks, case)
+
+
+def test_a_gradient_larger_than_a_bucket_is_added_up_too():
+    assert_as_alone(run_ranks(2, trained_in_small_buckets, CASES[0]), CASES[0])
+
+
+def own_step(decoder: Decoder) -> tuple[float, dict[str, Any]]:
+    """A step of a loop of one's own, as docs/parallel.md has it."""
+    share, input_ids = share_of(decoder), BATCHES(0)
+    rows = share.rows(input_ids)
+    loss = decoder(rows, labels=rows).loss * len(rows) / len(input_ids)
+    loss.backward()
+    norm = share.clip(0.5)
+    return float(norm), {name: each.grad for name, each in decoder.named_parameters() if ".experts." not in name}
+
+
+def own_step_on(ranks: Ranks, case: Case) -> tuple[float, dict[str, Any]]:
+    return own_step(decoder_of(case, ranks))
+
+
+def test_a_loop_of_ones_own_has_the_gradients_of_one_process():
+    whole = Decoder(tiny_config(4))
+    whole.load_state_dict(weights(4))
+    norm, expected = own_step(whole)
+    for found_norm, found in run_ranks(2, own_step_on, CASES[0]):
+        assert found_norm == pytest.approx(norm, rel=1e-5)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
 
 
 # --- states ---------------------------------------------------------------------------------------------------------
