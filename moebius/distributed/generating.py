@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moebius.distributed.header import StepHeader
-from moebius.errors import MoebiusError, RankError
+from moebius.errors import RankError
 from moebius.layers.decoder import Decoder
 
 LOST = ("gloo", "pair closure", "Connection closed", "Connection reset")  # gloo's words; it has no kinds of errors
@@ -29,11 +29,9 @@ def generating(decoder: Decoder, header: StepHeader) -> Iterator[Callable[[Tenso
         yield (lambda decided: _as_rank_0(decided, header)) if header.batch == "shared" else _own
     except RankError:
         raise
-    except MoebiusError:
-        _take_part(decoder, header)
-        raise
-    except RuntimeError as error:
-        if not _lost(error):
+    except Exception as error:
+        if not _lost(error):  # but of this rank alone
+            _take_part(decoder, header)
             raise
         reason = str(error).splitlines()[0].partition(". This is")[0]  # beyond it gloo gives advice of its own
         raise RankError(
@@ -72,5 +70,5 @@ def _take_part(decoder: Decoder, header: StepHeader) -> None:
         header.done = False
 
 
-def _lost(error: RuntimeError) -> bool:
+def _lost(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)

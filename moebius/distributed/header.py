@@ -18,7 +18,7 @@ from moebius.errors import ArgumentError, Fault, RankError
 
 
 class Step(NamedTuple):
-    """One rank's part of a step.  tokens: B*T.  checksum: of the ids, where all ranks should have the same."""
+    """One rank's part of a step.  tokens: B*T.  checksum: of ids and mask, where all ranks should have the same."""
 
     tokens: int
     checksum: int
@@ -43,13 +43,14 @@ class StepHeader:
         self._exchanges: set[Exchange] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """ArgumentError, on every rank: the batch is shared, and ranks have different tokens."""
+        """ArgumentError, on every rank: the batch is shared, and ranks have different tokens or masks."""
         input_ids: Tensor = args[0] if args else kwargs["input_ids"]
+        mask: Tensor | None = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         known, self.told = self.told, False
         if known or self.ranks.size == 1 or (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         shared = self.batch == "shared"
-        steps = self._asked(Step(input_ids.numel(), checksum(input_ids) if shared else 0, self.done))
+        steps = self._asked(Step(input_ids.numel(), _batch_number(input_ids, mask) if shared else 0, self.done))
         if shared:
             _check_same(steps)
         self.all_done = all(step.done for step in steps)
@@ -88,6 +89,13 @@ def checksum(input_ids: Tensor) -> int:
     return int((mixed ^ (mixed >> 27)).sum()) ^ input_ids.shape[-1]
 
 
+def _batch_number(input_ids: Tensor, attention_mask: Tensor | None) -> int:
+    """Of ids and mask; a mask of ones is none."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return checksum(input_ids)
+    return checksum(input_ids) ^ (checksum(attention_mask) >> 1)
+
+
 def _check_same(steps: Sequence[Step]) -> None:
     first = steps[0]
     faults = [
@@ -97,13 +105,13 @@ def _check_same(steps: Sequence[Step]) -> None:
     ]
     if faults:
         raise ArgumentError(
-            'the batch is "shared", and ranks were given other tokens than rank 0',
+            'the batch is "shared", and ranks were given other tokens or masks than rank 0',
             faults=faults,
-            advice='give every rank the same input_ids, or each its own with DistributedConfig(batch="distinct")',
+            advice='give every rank the same batch, or each its own with DistributedConfig(batch="distinct")',
         )
 
 
 def _difference(first: Step, step: Step) -> tuple[str, str]:
     if step.tokens != first.tokens:
         return "length", f"{step.tokens} tokens, rank 0 has {first.tokens}"
-    return "input_ids", f"{step.tokens} tokens, not those of rank 0"
+    return "input_ids or attention_mask", f"{step.tokens} tokens, not those of rank 0"

@@ -81,13 +81,13 @@ class Ranks:
         except RuntimeError as error:
             self._store.set(f"{keys[self.rank]}/left", "")
             away = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            raise self._apart(what, away, f"did not come within {seconds:g} s") from error
+            raise self._apart(what, away, f"did not come within {seconds:g} s" if away else "came too late") from error
         if left := [rank for rank, key in enumerate(keys) if self._store.check([f"{key}/left"])]:
             raise self._apart(what, left, "came, and left before this rank was there")
 
     def _apart(self, what: str, others: Sequence[int], did: str) -> RankError:
-        named = ", ".join(map(str, others))
-        return RankError(f"rank {self.rank}: {what}: rank {named} of {self.size} {did}", advice=CALL_ON_ALL)
+        named = f"rank {', '.join(map(str, others))}" if others else "some"
+        return RankError(f"rank {self.rank}: {what}: {named} of {self.size} {did}", advice=CALL_ON_ALL)
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:

@@ -6,21 +6,32 @@ B sequences a step, T tokens a sequence, N ranks.
 import torch.distributed as dist
 from torch import Tensor
 
+from moebius.distributed.config import Batch
 from moebius.distributed.gradients import Gradients
+from moebius.distributed.header import checksum
 from moebius.distributed.ranks import Ranks
 from moebius.distributed.spread import Spread, spread_of
 from moebius.errors import ArgumentError
 from moebius.layers.decoder import Decoder
 
 
-class SharedBatch:
+class _OnRanks:
+    def __init__(self, decoder: Decoder, ranks: Ranks, batch: Batch):
+        self.speaks, self._ranks = ranks.first, ranks
+        self._gradients = Gradients(decoder, ranks, batch)
+
+    def clip(self, max_norm: float) -> Tensor:
+        self._gradients.reduce()
+        return self._gradients.clip(max_norm)
+
+
+class SharedBatch(_OnRanks):
     """A rank that computes the whole step, as all of them do, but for its experts."""
 
     parts = 1
 
     def __init__(self, decoder: Decoder, ranks: Ranks):
-        self.speaks = ranks.first
-        self._gradients = Gradients(decoder, ranks, "shared")
+        super().__init__(decoder, ranks, "shared")
 
     def rows(self, input_ids: Tensor) -> Tensor:
         return input_ids
@@ -28,19 +39,22 @@ class SharedBatch:
     def pooled(self, values: Tensor) -> Tensor:
         return values
 
-    def clip(self, max_norm: float) -> Tensor:
-        self._gradients.reduce()
-        return self._gradients.clip(max_norm)
 
-
-class OwnSequences:
+class OwnSequences(_OnRanks):
     """A rank that computes its own sequences of a step: a run of the B, one more on the first if they do not divide."""
 
     def __init__(self, decoder: Decoder, ranks: Ranks):
-        self.parts, self.speaks, self._ranks = ranks.size, ranks.first, ranks
-        self._gradients = Gradients(decoder, ranks, "distinct")
+        super().__init__(decoder, ranks, "distinct")
+        self.parts = ranks.size
 
     def rows(self, input_ids: Tensor) -> Tensor:
+        """ArgumentError, on every rank: ranks were given different steps, or fewer sequences than there are ranks."""
+        steps = self._ranks.gathered(checksum(input_ids), "comparing the step's batch")
+        if other := next((rank for rank, step in enumerate(steps) if step != steps[0]), None):
+            raise ArgumentError(
+                f"rank {other} was given another batch than rank 0",
+                advice="give every rank the whole step's sequences, of which each takes its own",
+            )
         if len(input_ids) < self.parts:
             raise ArgumentError(
                 f"a step of {len(input_ids)} sequences leaves some of {self.parts} ranks without any",
@@ -52,10 +66,6 @@ class OwnSequences:
         total = values.detach().to(self._ranks.device, copy=True)
         dist.all_reduce(total)
         return total.to(values.device)
-
-    def clip(self, max_norm: float) -> Tensor:
-        self._gradients.reduce()
-        return self._gradients.clip(max_norm)
 
 
 def share_of(decoder: Decoder) -> SharedBatch | OwnSequences | None:

@@ -25,10 +25,11 @@ def test_a_checksum_tells_shapes_and_places_apart():
     assert checksum(ids) not in [checksum(other) for other in others]
 
 
-def refusal(ranks: Ranks, prompts: list[list[int]]) -> str | None:
+def refusal(ranks: Ranks, prompts: list[list[int]], masks: list[list[int] | None] | None = None) -> str | None:
     decoder, _ = parallel_decoder(whole_decoder("mixtral"), ranks, "shared")
+    mask = masks and masks[ranks.rank]
     try:
-        decoder(input_ids=torch.tensor([prompts[ranks.rank]]))
+        decoder(torch.tensor([prompts[ranks.rank]]), attention_mask=mask and torch.tensor([mask]))
     except ArgumentError as error:
         return str(error)
     return None
@@ -37,9 +38,9 @@ def refusal(ranks: Ranks, prompts: list[list[int]]) -> str | None:
 @pytest.mark.parametrize(
     ("prompts", "named"),
     [
-        ([[5, 6, 7], [5, 6, 7], [5, 7, 6]], ["rank 2: input_ids: 3 tokens, not those of rank 0"]),
+        ([[5, 6, 7], [5, 6, 7], [5, 7, 6]], ["rank 2: input_ids or attention_mask: 3 tokens, not those of rank 0"]),
         ([[5, 6, 7], [5, 6], [5, 6, 7]], ["rank 1: length: 2 tokens, rank 0 has 3"]),
-        ([[5, 6], [5], [6, 5]], ["rank 1: length: 1 tokens", "rank 2: input_ids: 2 tokens"]),
+        ([[5, 6], [5], [6, 5]], ["rank 1: length: 1 tokens", "rank 2: input_ids or attention_mask: 2 tokens"]),
     ],
 )
 def test_a_shared_batch_that_is_not_shared_is_refused_on_every_rank(prompts, named):
@@ -48,8 +49,15 @@ def test_a_shared_batch_that_is_not_shared_is_refused_on_every_rank(prompts, nam
     assert all(text in errors[0] for text in [*named, 'batch="distinct"'])
 
 
-def test_a_shared_batch_passes():
-    assert run_ranks(3, refusal, [[5, 6, 7]] * 3) == [None] * 3
+def test_other_masks_are_not_shared_either():
+    errors = run_ranks(3, refusal, [[5, 6, 7]] * 3, [[0, 1, 1], [0, 1, 1], [0, 0, 1]])
+    assert len(set(errors)) == 1
+    assert "rank 2: input_ids or attention_mask" in errors[0]
+
+
+@pytest.mark.parametrize("masks", [None, [None, [1, 1, 1], None], [[0, 1, 1]] * 3])
+def test_a_shared_batch_passes(masks):
+    assert run_ranks(3, refusal, [[5, 6, 7]] * 3, masks) == [None] * 3
 
 
 def tell_when_done(ranks: Ranks) -> list[bool]:

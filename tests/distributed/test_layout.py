@@ -23,20 +23,6 @@ def test_no_rank_holds_two_more_than_another(layout):
     assert counts == sorted(counts, reverse=True)
 
 
-@given(LAYOUTS)
-def test_the_owner_is_the_rank_that_holds_it(layout):
-    assert tuple(map(layout.owner, range(layout.num_experts))) == layout.owners()
-    assert all(expert in layout.experts_of(rank) for expert, rank in enumerate(layout.owners()))
-
-
-@given(LAYOUTS, st.data())
-def test_slots_count_from_the_first_own_expert_and_send_foreign_ids_outside(layout, data):
-    rank = data.draw(st.integers(0, layout.ranks - 1))
-    mine, slots = layout.experts_of(rank), layout.slots(rank)
-    assert [slots[expert] for expert in mine] == list(range(len(mine)))
-    assert {slot for expert, slot in enumerate(slots) if expert not in mine} <= {len(mine)}
-
-
 @pytest.mark.parametrize(("experts", "ranks"), [(-1, 2), (8, 0)])
 def test_impossible_numbers_are_refused(experts, ranks):
     with pytest.raises(ArgumentError, match="cannot be shared"):

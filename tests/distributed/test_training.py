@@ -20,7 +20,7 @@ from moebius.distributed.expert_parallel import parallel_experts
 from moebius.distributed.ranks import Ranks, join
 from moebius.distributed.sharding import shard
 from moebius.distributed.spread import local, spread_of
-from moebius.errors import CheckpointError
+from moebius.errors import ArgumentError, CheckpointError
 from moebius.layers.decoder import Decoder
 from moebius.training.config import TrainingConfig
 from moebius.training.data import TokenWindows
@@ -235,3 +235,17 @@ def test_a_model_is_opened_trained_and_saved_by_all_ranks_as_by_one(tmp_path, ti
     assert one.keys() == four.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(four[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def given_another_batch(ranks: Ranks, case: Case) -> str:
+    other = TEXT + ranks.rank // (case.ranks - 1)  # the last rank's
+    try:
+        train(decoder_of(case, ranks), TokenWindows(other, batch_size=5, seq_len=12).batch, SETTINGS)
+    except ArgumentError as error:
+        return error.message
+    return ""
+
+
+def test_a_step_that_is_not_the_same_on_all_ranks_is_refused_on_all():
+    said = run_ranks(3, given_another_batch, Case(3, 4, DISTINCT))
+    assert said == ["rank 2 was given another batch than rank 0"] * 3
