@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from moebius.distributed.spread import Spread
 
 NOTHING_HELD: Mapping[str, Form] = {}
+PLAIN = (bool, int, float, str)  # of the options of generate, those that are compared between ranks
 logger = logging.getLogger(__name__)
 
 
@@ -135,7 +136,8 @@ class CausalLM(Decoder):
             return generate(self, input_ids, generation_config=given, **options)
         if self.step_header.batch == "shared" and not self.step_header.ranks.first:
             options["streamer"] = None
-        with on_ranks.generating(self, self.step_header) as agree:
+        settings = vars(given) | {name: value for name, value in options.items() if isinstance(value, PLAIN)}
+        with on_ranks.generating(self, self.step_header, settings) as agree:
             return generate(self, input_ids, generation_config=given, agree=agree, **options)
 
     def save_pretrained(

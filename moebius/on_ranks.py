@@ -7,7 +7,7 @@ import takes a second, stays out.
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,8 +177,10 @@ def shard(model: Decoder, place: Place | None) -> None:
         sharding.shard(model, place.ranks)
 
 
-def generating(model: Decoder, header: "StepHeader") -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+def generating(
+    model: Decoder, header: "StepHeader", settings: Mapping[str, Any]
+) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
     """See distributed.generating."""
     from moebius.distributed import generating
 
-    return generating.generating(model, header)
+    return generating.generating(model, header, settings)

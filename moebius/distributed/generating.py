@@ -3,28 +3,35 @@
 B rows of a batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moebius.distributed.header import StepHeader
-from moebius.errors import RankError
+from moebius.distributed.ranks import Ranks
+from moebius.errors import ArgumentError, Fault, RankError
 from moebius.layers.decoder import Decoder
 
 LOST = ("gloo", "pair closure", "Connection closed", "Connection reset")  # gloo's words; it has no kinds of errors
 
 
 @contextmanager
-def generating(decoder: Decoder, header: StepHeader) -> Iterator[Callable[[Tensor], Tensor]]:
+def generating(
+    decoder: Decoder, header: StepHeader, settings: Mapping[str, Any]
+) -> Iterator[Callable[[Tensor], Tensor]]:
     """Around a loop of forwards that every rank runs; gives what makes a decision of this rank, [B], that of all.
 
-    RankError: a rank went away, or did not come in time.  An error of this rank alone lets the others finish, where
-    batches are distinct.
+    settings: how long the loop goes on, and the like.  ArgumentError, on every rank: the batch is shared, and settings
+    are not.  RankError: a rank went away, or did not come in time.  An error of this rank alone lets the others finish,
+    where batches are distinct.
     """
     ranks = header.ranks
+    if header.batch == "shared":
+        _check_same(ranks, settings)
     try:
         yield (lambda decided: _as_rank_0(decided, header)) if header.batch == "shared" else _own
     except RankError:
@@ -42,6 +49,19 @@ def generating(decoder: Decoder, header: StepHeader) -> Iterator[Callable[[Tenso
         _take_part(decoder, header)
     finally:
         header.told = False
+
+
+def _check_same(ranks: Ranks, settings: Mapping[str, Any]) -> None:
+    """Ranks that stop at different steps would wait for one another."""
+    first, *others = ranks.gathered(dict(settings), "generating")
+    faults = [
+        Fault(f"rank {rank}", name, f"{theirs.get(name)!r}, rank 0 has {first.get(name)!r}")
+        for rank, theirs in enumerate(others, 1)
+        for name in first | theirs
+        if theirs.get(name) != first.get(name)
+    ]
+    if faults:
+        raise ArgumentError("generate was called with other settings than on rank 0", faults=faults)
 
 
 def _own(decided: Tensor) -> Tensor:
