@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test lint types
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted || [ $$? -eq 5 ]  # 5: no Triton here, nothing to run
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted || [ $$? -eq 5 ]  # 5: no Triton here, nothing to run
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

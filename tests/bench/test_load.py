@@ -34,6 +34,7 @@ def test_what_is_written_is_laid_out_as_transformers_does_and_opens_in_both(fold
     assert (open_in_transformers(folder)(ids).logits - logits(ours, ids)).abs().max() < 5e-5
 
 
+@pytest.mark.slow
 def test_every_way_loads_the_same_weights_and_is_reported(folder, tmp_path):
     said: list[str] = []
     report = load.run(folder, "cpu", "auto", 1, list(load.WAYS), said.append)
