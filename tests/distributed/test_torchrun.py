@@ -95,7 +95,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_clear_error(folder, recipe
         _, said = first.communicate(timeout=60)
     assert time.monotonic() - gone < 10
     assert first.returncode == 1
-    assert "RankError: rank 0: not all of 2 ranks came to this step" in said
+    assert "RankError: rank 0: generating: not all of 2 ranks answered" in said
 
 
 @pytest.mark.slow
