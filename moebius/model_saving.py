@@ -9,6 +9,7 @@ import torch
 
 from moebius import model_folder
 from moebius.checkpoint import reversing
+from moebius.checkpoint.owning import WHOLE
 from moebius.checkpoint.planning import Plan
 from moebius.checkpoint.publishing import AS_HELD, publish, unmerged
 from moebius.checkpoint.quantizing import Packing
@@ -39,8 +40,8 @@ class Save:
 
 def save_of(model: "CausalLM", max_shard_bytes: int, layout: str | None) -> Save:
     """layout: None, "published" or "packed".  SaveError: a quantized form has no published layout in the family."""
-    tensors = local(model, spread=model.ranks is not None)  # before boxes: what FSDP2 has gathered it now shards again
-    spread, boxes = model.spread, model.boxes
+    spread = model.spread
+    tensors, boxes = local(model, spread), spread.boxes if spread else WHOLE
     if model.plan and layout is None and not (model.plan.encoded or model.plan.packs):
         return Save(model.plan, tensors, boxes)
     if model.plan and model.plan.skipped:

@@ -47,11 +47,7 @@ def fill(model: Decoder, tensors: Mapping[str, torch.Tensor], spread: "Spread | 
     model.tie_weights()
 
 
-def local(model: Decoder, *, spread: bool) -> dict[str, torch.Tensor]:
+def local(model: Decoder, spread: "Spread | None") -> dict[str, torch.Tensor]:
     """What this process has of the model, without gradients: each tensor under its first name."""
     found = {names[0]: tensor.detach() for names, tensor in named_tensors(model)}
-    if not spread:
-        return found
-    from moebius.distributed.spread import local
-
-    return {name: local(tensor) for name, tensor in found.items()}
+    return {name: spread.local(tensor) for name, tensor in found.items()} if spread else found

@@ -137,11 +137,6 @@ def join(config: DistributedConfig, num_experts: int, *, device_type: str | None
     return Ranks(device, grid, mesh, host, config.timeout_seconds)
 
 
-def under_torchrun() -> bool:
-    """Whether this process is one of several that torchrun, or another launcher of its kind, has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 def device_of(device_type: str | None) -> torch.device:
     """This rank's; device_type as in `join`."""
     place, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
