@@ -21,6 +21,8 @@ from moebius.errors import ArgumentError, Fault, MoebiusError, RankError
 
 AXES = ("replicate", "efsdp", "ep")
 CALL_ON_ALL = "look at what the other ranks said first; a step that all share must be called on every rank"
+AFTER_TIMEOUT, AFTER_TIMEOUT_MS = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000"
+"""NCCL's watchdog ends the process four times this long after a time limit, for what it writes down; torch has 15 s."""
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -154,6 +156,7 @@ def device_of(device_type: str | None) -> torch.device:
 def _begin(device: torch.device, seconds: float) -> None:
     """The default group; it ends with the process."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault(AFTER_TIMEOUT, AFTER_TIMEOUT_MS)
     options = {"timeout": timedelta(seconds=seconds), "device_id": device if device.type == "cuda" else None}
     if "RANK" in os.environ:
         dist.init_process_group(backend, **options)

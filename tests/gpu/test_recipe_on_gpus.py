@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LIMIT = 20.0  # seconds that ranks wait for one another
-NCCL_SECONDS = 100  # that NCCL's watchdog may take beyond the limit, to write down what hung and to end the process
+START = 40  # more, in which they import libraries, load, and end
 SCRIPT = """
 import os, signal, sys, torch
 from moebius import AutoModelForCausalLM, DistributedConfig
@@ -73,28 +73,28 @@ def test_torchrun_ends_a_job_whose_rank_was_killed_and_names_it(folder, killed):
         [*TORCHRUN, *command(folder, killed)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode != 0
-    assert time.monotonic() - begin < LIMIT + 40
+    assert time.monotonic() - begin < LIMIT + START
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert not done.stdout
 
 
-@pytest.mark.parametrize(("killed", "said"), [("between steps", "rank 0: "), ("within a step", "NCCL")])
+@pytest.mark.parametrize(("killed", "said"), [("between steps", "rank 0: "), ("within a step", "Watchdog caught collective operation timeout")])
 def test_without_torchrun_the_rank_that_is_left_ends_by_itself(folder, killed, said):
     """Within a step it is NCCL's watchdog that ends it, in its own words."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    begin, most = time.monotonic(), LIMIT + (NCCL_SECONDS if killed == "within a step" else 40)
+    begin = time.monotonic()
     with (
         started(folder, killed, place, 1, subprocess.DEVNULL),
         started(folder, killed, place, 0, subprocess.PIPE) as left,
     ):
         try:
-            out, err = left.communicate(timeout=most + 20)
+            out, err = left.communicate(timeout=LIMIT + START + 20)
         finally:
             left.kill()
     assert left.returncode != 0
-    assert time.monotonic() - begin < most
+    assert time.monotonic() - begin < LIMIT + START
     assert said in err
     assert not out
 
