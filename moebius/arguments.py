@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,10 @@ DISTRIBUTED_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "ep_implementation": ((None, "auto"), "say exchange= of moebius.DistributedConfig"),
 }
 """transformers' other fields of a DistributedConfig: the values that ask for nothing, and why others are refused."""
+
+
+DEVICES_ON_RANKS = ("auto", "cpu", "cuda")
+DEVICE_OF_A_RANK = "'auto', 'cpu' or 'cuda': each rank takes the GPU of its place on its host, or the CPU"
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,10 +239,20 @@ def distributed_config_of(config: object) -> DistributedConfig | None:
 
 
 def _distributed(fields: Mapping[str, Any]) -> DistributedConfig:
-    if faults := [fault for name, value in fields.items() if (fault := _distributed_fault(name, value))]:
-        raise ArgumentError("distributed_config: fields refused", faults=faults)
     # None leaves a size open, as leaving it out does
-    return DistributedConfig(**{name: fields[name] for name in DISTRIBUTED if fields.get(name) is not None})
+    ours = {name: fields[name] for name in DISTRIBUTED if fields.get(name) is not None}
+    others = (fault for name, value in fields.items() if (fault := _distributed_fault(name, value)))
+    if faults := [*others, *_out_of_range(ours)]:
+        raise ArgumentError("distributed_config: fields refused", faults=faults)
+    return DistributedConfig(**ours)
+
+
+def _out_of_range(fields: Mapping[str, Any]) -> Sequence[Fault]:
+    try:
+        DistributedConfig(**fields)
+    except ArgumentError as error:
+        return error.faults
+    return ()
 
 
 def _distributed_fault(name: str, value: Any) -> Fault | None:
@@ -247,8 +261,8 @@ def _distributed_fault(name: str, value: Any) -> Fault | None:
     if name in DISTRIBUTED_REFUSED:
         neutral, why = DISTRIBUTED_REFUSED[name]
         return None if value in neutral else Fault(f"{name}={value!r}", "not supported", why)
-    near = difflib.get_close_matches(name, DISTRIBUTED, n=1)
-    return Fault(name, "unknown field", f"did you mean {near[0]}?" if near else f"known: {', '.join(DISTRIBUTED)}")
+    near = difflib.get_close_matches(str(name), DISTRIBUTED, n=1)
+    return Fault(str(name), "unknown field", f"did you mean {near[0]}?" if near else f"known: {', '.join(DISTRIBUTED)}")
 
 
 def _as_given(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,23 +273,26 @@ def _as_given(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """
     ep_size, tp_size, apart = (resolved.get(name) for name in ("ep_size", "tp_size", "fsdp_size"))
     experts_alone = resolved.get("tp_plan") == {} and ep_size == tp_size
-    enabled = bool(resolved.get("enable_expert_parallel")) or experts_alone
-    fields = {"enable_expert_parallel": enabled, "ep_size": None if ep_size == 1 else ep_size}
-    fields |= {"tp_size": None} if experts_alone else {}
-    return {**resolved, **fields, "batch": "distinct" if (apart or 1) > 1 else "shared"}
+    fields: dict[str, Any] = {"enable_expert_parallel": True, "tp_size": None} if experts_alone else {}
+    fields["ep_size"] = None if type(ep_size) is int and ep_size == 1 else ep_size
+    return {**resolved, **fields, "batch": "shared" if apart in (None, 1) else "distinct"}
 
 
-def device_map_on_ranks(device_map: Any, max_memory: Any) -> None:
-    """ArgumentError: anything but None or "auto"; where a model is spread over ranks, each has a device of its own."""
-    why = "each rank takes a GPU of its host, or the CPU where there are none"
-    faults = [
-        Fault(f"{name}={value!r}", "not supported", why)
-        for name, value, taken in (("device_map", device_map, (None, "auto")), ("max_memory", max_memory, (None,)))
-        if value not in taken
-    ]
+def device_type_on_ranks(device_map: Any, max_memory: Any) -> str | None:
+    """The kind of device that ranks are to take where a model is spread over them, "cpu" or "cuda"; None: either.
+
+    ArgumentError: a device_map that says more, or limits; each rank has a device of its own.
+    """
+    kind = str(device_map) if isinstance(device_map, torch.device) else device_map
+    faults = []
+    if kind is not None and not (isinstance(kind, str) and kind in DEVICES_ON_RANKS):
+        faults.append(Fault(f"device_map={device_map!r}", "not supported", f"expected None, {DEVICE_OF_A_RANK}"))
+    if max_memory is not None:
+        faults.append(Fault(f"max_memory={max_memory!r}", "not supported", "each rank has a device of its own"))
     if faults:
-        advice = 'leave it out; CUDA_VISIBLE_DEVICES says which GPUs there are, and "" that there are none'
+        advice = "leave it out; CUDA_VISIBLE_DEVICES says which GPUs there are"
         raise ArgumentError("from_pretrained: arguments refused under distributed_config", faults=faults, advice=advice)
+    return None if kind == "auto" else kind
 
 
 def load_options(loading: str | None, mapping: str) -> LoadOptions:

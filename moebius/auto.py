@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from moebius.config import DecoderConfig
 from moebius.distributed.config import DistributedConfig
 from moebius.experts.interface import Experts
 from moebius.generation.config import GenerationConfig
-from moebius.generation.engine import generate
+from moebius.generation.engine import generate, resolve
 from moebius.layers.decoder import Decoder
 from moebius.layers.quantized import hold
 from moebius.layers.quantizing import forms_for
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from moebius.distributed.spread import Spread
 
 NOTHING_HELD: Mapping[str, Form] = {}
-PLAIN = (bool, int, float, str)  # of the options of generate, those that are compared between ranks
 logger = logging.getLogger(__name__)
 
 
@@ -127,17 +127,20 @@ class CausalLM(Decoder):
 
         options: those of moebius.generation.generate (attention_mask, max_new_tokens, do_sample, streamer, ...); what
         they and `generation_config` leave open comes from the checkpoint's generation_config.json.
-        On ranks every one calls it: with the same prompts if the batch is shared, and rank 0 then chooses the tokens
-        and streams them; else with its own, as many and as long as they are.
-        Raises ArgumentError for an option that is unknown or not supported, RankError.
+        On ranks every one calls it: with the same prompts and settings if the batch is shared, and rank 0 then chooses
+        the tokens and streams them; else with its own.  ArgumentError: an option is unknown or refused.  RankError.
         """
         given = arguments.generation_config_of(generation_config).over(self.generation_config)
-        if self.step_header is None:
+        header, settings = self.step_header, dict[str, Any]()
+        if header is None:
             return generate(self, input_ids, generation_config=given, **options)
-        if self.step_header.batch == "shared" and not self.step_header.ranks.first:
-            options["streamer"] = None
-        settings = vars(given) | {name: value for name, value in options.items() if isinstance(value, PLAIN)}
-        with on_ranks.generating(self, self.step_header, settings) as agree:
+        if header.batch == "shared":
+            options["streamer"] = options.get("streamer") if header.ranks.first else None
+            with header.ranks.together("generating"):
+                named = signature(generate).bind(self, **options).arguments.get("options", {})
+                criteria = {"stopping_criteria": bool(options.get("stopping_criteria"))}  # asked of rank 0, if there
+                settings = {**vars(resolve(self.config, given, named)), **criteria}
+        with on_ranks.generating(self, header, settings) as agree:
             return generate(self, input_ids, generation_config=given, agree=agree, **options)
 
     def save_pretrained(
@@ -214,7 +217,7 @@ class AutoModelForCausalLM:
         quantization_config says more (a QuantizationConfig or its fields).
         distributed_config: a DistributedConfig, its fields, or transformers' object: experts are spread over the ranks
         that torchrun started (without it, this process is the only one), each reads and holds its own; device_map then
-        stays out.  Every rank calls this; an error on one is raised on all.
+        says "cpu", "cuda" or nothing.  Every rank calls this; an error on one is raised on all.
         output_loading_info: give (model, info), as transformers does.  options: max_memory, the bytes that weights may
         take of each device ({0: "10GiB", "cpu": "30GiB"}; no other is used), revision, token, cache_dir,
         local_files_only, force_download; transformers' other arguments are accepted where they are true anyway and
@@ -225,7 +228,9 @@ class AutoModelForCausalLM:
         download, asked = arguments.check_options(options), arguments.distributed_config_of(distributed_config)
         how, stages = arguments.load_options(loading, mapping), Stages()
         name = arguments.dtype_name_of(arguments.either(dtype, options))
-        ranks = on_ranks.entered(asked)
+        packed = arguments.quantization_of(quantization, quantization_config)
+        ranks = on_ranks.entered(asked, device_map, options.get("max_memory"))
+        on_ranks.check_same_arguments(ranks, dtype=name, quantization=packed, backend=experts_implementation)
         wanted = on_ranks.devices(ranks, device_map, options.get("max_memory"))
         pinned = PinnedSlots() if any(map(placement.is_gpu, wanted.devices)) else None  # while the plan is made
         with on_ranks.together(ranks, f"opening {name_or_path}"):
@@ -237,7 +242,7 @@ class AutoModelForCausalLM:
             opened, model = _planned(
                 here,
                 weight_conversions=weight_conversions,
-                quantization=arguments.quantization_of(quantization, quantization_config),
+                quantization=packed,
                 decoded=name is not None,
                 experts_implementation=experts_implementation,
                 place=place,
@@ -254,15 +259,9 @@ class AutoModelForCausalLM:
                     model.experts_backend(kind)  # refused here if it cannot run, before a weight is read
                 check_room(plan, devices)
                 with stages.timed("weights"):
-                    loaded = checkpoint.load(
-                        plan,
-                        device=devices,
-                        progress=progress,
-                        check_tensors=check_tensors,
-                        options=how,
-                        pinned=pinned,
-                    )
-                model.fill(loaded)
+                    reading = {"progress": progress, "check_tensors": check_tensors, "options": how, "pinned": pinned}
+                    model.fill(checkpoint.load(plan, device=devices, **reading))
+        on_ranks.check_same_weights(model, place)
         model.eval()
         model.load_report = LoadReport(plan, stages.seconds)
         logger.info("loaded %s: %s", folder, model.load_report.timing())

@@ -54,10 +54,10 @@ class Place:
 # --- joining ---------------------------------------------------------------------------------------------------------
 
 
-def entered(config: DistributedConfig | None) -> "Ranks | None":
+def entered(config: DistributedConfig | None, device_map: Any = None, max_memory: Any = None) -> "Ranks | None":
     """The job's ranks, before the model is known; None if nothing is to be spread.
 
-    ArgumentError: sizes do not fit, or it says how to spread and not that.
+    ArgumentError: sizes do not fit, or it says how to spread and not that, or see arguments.device_type_on_ranks.
     """
     if config is None:
         return None
@@ -66,7 +66,7 @@ def entered(config: DistributedConfig | None) -> "Ranks | None":
         return None
     from moebius.distributed.ranks import join
 
-    return join(config, ENOUGH)
+    return join(config, ENOUGH, device_type=arguments.device_type_on_ranks(device_map, max_memory))
 
 
 def arranged(ranks: "Ranks | None", config: DistributedConfig | None, decoder: DecoderConfig) -> Place | None:
@@ -86,7 +86,8 @@ def arranged(ranks: "Ranks | None", config: DistributedConfig | None, decoder: D
     from moebius.distributed.ranks import join
 
     fewest = min(layer.num_experts for layer in decoder.moe_layers)
-    ranks = ranks if config.grid(ranks.size, fewest) == ranks.grid else join(config, fewest)
+    if config.grid(ranks.size, fewest) != ranks.grid:
+        ranks = join(config, fewest, device_type=ranks.device.type)
     return Place(ranks, config, parallel_experts(ranks, config))
 
 
@@ -119,17 +120,28 @@ def _check_same(ranks: "Ranks", decoder: DecoderConfig) -> None:
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
+def check_same_arguments(ranks: "Ranks | None", **given: object) -> None:
+    """ArgumentError, on every rank: one opens the model otherwise than rank 0."""
+    if ranks:
+        ranks.roll_call.check_same(given, "opening a model")
+
+
+def check_same_weights(model: Decoder, place: Place | None) -> None:
+    """CheckpointError, on every rank: what several of them hold is not the same."""
+    if place and (spread := spread_of(model)):
+        from moebius.distributed import same_weights
+
+        same_weights.check_same_weights(model, spread)
+
+
 def together(ranks: "Ranks | None", what: str) -> AbstractContextManager[None]:
     """A step that ends well on all ranks or on none."""
     return ranks.together(what) if ranks else nullcontext()
 
 
 def devices(ranks: "Ranks | None", device_map: Any, max_memory: Any) -> DeviceMap:
-    """Where weights go: on ranks, to each rank's own device.  ArgumentError: see arguments.device_map_on_ranks."""
-    if ranks is None:
-        return arguments.device_map_of(device_map, max_memory)
-    arguments.device_map_on_ranks(device_map, max_memory)
-    return Modules({"": str(ranks.device)})
+    """Where weights go: on ranks, to each rank's own device.  ArgumentError: see arguments.device_map_of."""
+    return Modules({"": str(ranks.device)}) if ranks else arguments.device_map_of(device_map, max_memory)
 
 
 def located(name: str | os.PathLike[str], ranks: "Ranks | None", **download: Any) -> Path:

@@ -166,7 +166,7 @@ def test_what_changes_while_it_is_read_is_saved_as_by_one_process(folders, tmp_p
 
 def sharded_on(ranks: Ranks, source: Path, out: Path) -> float:
     model, one = opened(source, {**DISTINCT, "fsdp_size": 2}), AutoModelForCausalLM.from_pretrained(source)
-    ids = own_prompt(model, ranks.rank)
+    ids = ids_for(model, batch=1 + ranks.rank, tokens=5)
     model.generate(ids, **GREEDY)
     model.save_pretrained(out, max_shard_size="60kB")
     return (logits(model, ids) - logits(one, ids)).abs().max().item()
@@ -176,81 +176,6 @@ def test_sharded_by_fsdp_too_it_computes_and_is_saved_as_by_one_process(folders,
     start = folders("qwen3_moe", **FIVE)
     assert max(run_ranks(2, sharded_on, start, tmp_path / "two")) < 1e-5
     assert files_of(tmp_path / "two") == files_of(start)
-
-
-# --- generating ------------------------------------------------------------------------------------------------------
-
-
-class Heard:
-    """A streamer that counts what it is told."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times += 1
-
-    def end(self) -> None:
-        pass
-
-
-def sampled_on(ranks: Ranks, folder: Path) -> tuple[torch.Tensor, torch.Tensor, int]:
-    model, heard = opened(folder), Heard()
-    torch.manual_seed(ranks.rank)  # no two ranks would choose alike
-    ids, noisy = ids_for(model, batch=3), {"do_sample": True, "temperature": 3.0, "repetition_penalty": 1.3}
-    tokens = model.generate(ids, max_new_tokens=12, streamer=heard, **noisy)
-    calls = iter(range(100))
-    ended = model.generate(ids, max_new_tokens=40, stopping_criteria=[lambda ids, _: next(calls) > 2 + ranks.rank])
-    return tokens, ended, heard.times
-
-
-def test_one_rank_chooses_for_all_of_a_shared_batch_and_it_alone_streams(folders):
-    (tokens, ended, heard), *others = run_ranks(2, sampled_on, folders("qwen3_moe", **FIVE))
-    assert all(torch.equal(tokens, each) and torch.equal(ended, end) for each, end, _ in others)
-    assert ended.shape[1] == 24 + 4
-    assert heard > 1
-    assert [times for *_, times in others] == [0]
-
-
-PROMPTS = [(1, 3), (4, 17), (2, 9)]
-"""[B, T] of each rank."""
-
-
-def own_prompt(model: Any, rank: int) -> torch.Tensor:
-    return ids_for(model, *PROMPTS[rank])
-
-
-def continued_on(ranks: Ranks, folder: Path) -> list[torch.Tensor]:
-    model = opened(folder, DISTINCT)
-    new = {"max_new_tokens": 3 + 7 * ranks.rank, "do_sample": False}
-    return [model.generate(own_prompt(model, ranks.rank), **new) for _ in range(2)]
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_each_rank_continues_prompts_of_its_own(folders, ranks):
-    folder = folders("qwen3_moe", **FIVE)
-    one = AutoModelForCausalLM.from_pretrained(folder)
-    for rank, found in enumerate(run_ranks(ranks, continued_on, folder)):
-        expected = one.generate(own_prompt(one, rank), max_new_tokens=3 + 7 * rank, do_sample=False)
-        assert all(torch.equal(each, expected) for each in found)
-
-
-def refused_on(ranks: Ranks, folder: Path) -> Any:
-    """Rank 1 is given a prompt that no model takes; the others theirs."""
-    model = opened(folder, DISTINCT)
-    ids = own_prompt(model, ranks.rank) + (10_000 if ranks.rank == 1 else 0)
-    try:
-        return model.generate(ids, **GREEDY)
-    except MoebiusError as error:
-        return str(error)
-
-
-def test_a_prompt_that_is_refused_on_one_rank_leaves_the_others_theirs(folders):
-    folder = folders("qwen3_moe", **FIVE)
-    first, second = run_ranks(2, refused_on, folder)
-    one = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(first, one.generate(own_prompt(one, 0), **GREEDY))
-    assert "10" in second
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -303,24 +228,10 @@ def test_a_dense_model_has_no_experts_to_spread(folders):
     assert all("has no experts to spread" in each for each in found)
 
 
-@pytest.mark.parametrize("option", [{"device_map": "cpu"}, {"max_memory": {"cpu": "1GB"}}], ids=str)
+@pytest.mark.parametrize("option", [{"device_map": "meta"}, {"max_memory": {"cpu": "1GB"}}], ids=str)
 def test_devices_are_the_ranks_own(folders, option):
     found = run_ranks(2, error_on, [folders("qwen3_moe")], option)
     assert all(f"{next(iter(option))}=" in each and "leave it out" in each for each in found)
-
-
-def prompts_on(ranks: Ranks, folder: Path) -> str:
-    model = opened(folder)
-    try:
-        model.generate(ids_for(model)[ranks.rank : ranks.rank + 1], **GREEDY)
-    except ArgumentError as error:
-        return str(error)
-    return "no error"
-
-
-def test_different_prompts_for_a_shared_batch_are_an_error_on_every_rank(folders):
-    found = run_ranks(2, prompts_on, folders("qwen3_moe"))
-    assert all("rank 1" in each and 'batch="distinct"' in each for each in found)
 
 
 def fetched_on(ranks: Ranks, folder: Path, fails: bool) -> list[float] | str:

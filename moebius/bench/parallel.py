@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from moebius.errors import ArgumentError, MoebiusError
 KNOWN = (*WAYS, EXCHANGES)
 WRONG = 0.1  # of the norm of one process's logits; half of the experts left out is 0.23 in two layers, rounding 0.01
 AFTER_THE_LIMIT = 60.0  # seconds that a launch has to end once its ranks have given up
+MOST_WORDS = 600  # characters of why a launch failed
 OF_TORCHRUN = ("TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_")
 
 
@@ -188,7 +190,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _last_words(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "Timeout" in line]
-    return (errors or lines or ["nothing was said"])[0 if errors else -1][:300]
+    return shorten((errors or lines or ["nothing was said"])[0 if errors else -1], MOST_WORDS)
 
 
 def found_by(path: Path, said: str) -> dict[str, Any]:

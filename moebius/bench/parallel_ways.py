@@ -153,7 +153,7 @@ def _peer(way: Way, load: Callable[..., Any], ranks: int) -> Opened:
         try:
             return Opened(_distributed(load, spelling).eval(), way, _written(spelling))
         except (TypeError, ValueError) as error:  # how a release says that it does not know a spelling
-            refused.append(f"{_written(spelling)}: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+            refused.append(f"{_written(spelling)}: {type(error).__name__}: {str(error).splitlines()[0]}")
     if refused:
         raise ValueError("; ".join(refused))
     return Opened(load().eval(), way)

@@ -8,6 +8,7 @@ counted: ranks with more than their share of the tokens, latency, attention, wha
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import comb
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moebius.errors import ArgumentError
@@ -142,14 +143,25 @@ def fits(shape: Shape, rates: Rates, gpus: int) -> bool:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def run(rates: Rates, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The report as plain data.  measured: one of `moebius bench parallel`, to hold the model against."""
-    report = {
+def run(rates: Rates, path: Path, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The report as plain data.  measured: one of `moebius bench parallel`, to hold the model against; None: there is
+    none at its path.
+    """
+    check = checked(measured, rates) if measured else []
+    return {
         "rates": asdict(rates),
         "tokens_a_step": TOKENS_A_STEP,
         "shapes": [_row(shape, rates) for shape in SHAPES],
+        "check": check,
+        "unchecked": "" if check else _lacking(path, measured),
     }
-    return {**report, "check": checked(measured, rates) if measured else []}
+
+
+def _lacking(path: Path, measured: Mapping[str, Any] | None) -> str:
+    """Why the model is held against nothing."""
+    if measured is None:
+        return f"there is no {path.absolute()}; give a report of `moebius bench parallel` with --measured"
+    return f"{path} has neither an exchange nor the prefill of one rank and of several; give another with --measured"
 
 
 def _row(shape: Shape, rates: Rates) -> dict[str, Any]:
@@ -237,7 +249,7 @@ def table(report: Mapping[str, Any]) -> str:
             "compute, nothing to all of the rest hidden; -: too few GPUs",
             f"{'':<18}{'ep':>8}" + "".join(f"{f'{gpus} GPUs':>14}" for gpus in GPUS),
             *(line for row in report["shapes"] for line in _training_lines(row)),
-            *_check_lines(report["check"]),
+            *_check_lines(report),
         ]
     )
 
@@ -265,8 +277,8 @@ def _spans(efficiencies: Mapping[int, tuple[float, float] | None]) -> str:
     return "".join(f"{span:>14}" for span in spans)
 
 
-def _check_lines(check: list[dict[str, Any]]) -> list[str]:
-    if not check:
-        return ["", "no measurement to hold it against"]
-    rows = [f"{row['what']:<52}{row['model']:>10.3g}{row['measured']:>10.3g}" for row in check]
+def _check_lines(report: Mapping[str, Any]) -> list[str]:
+    if report["unchecked"]:
+        return ["", f"no measurement to hold it against: {report['unchecked']}"]
+    rows = [f"{row['what']:<52}{row['model']:>10.3g}{row['measured']:>10.3g}" for row in report["check"]]
     return ["", f"{'beside a measurement':<52}{'model':>10}{'measured':>10}", *rows]

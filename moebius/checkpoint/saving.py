@@ -25,7 +25,7 @@ from moebius.checkpoint.planning import Plan
 from moebius.checkpoint.pool import default_readers
 from moebius.checkpoint.reading import Shards, dtype_name
 from moebius.checkpoint.reversing import SavePlan, as_loaded, renamed
-from moebius.checkpoint.sharing import agreed, payload, share_of
+from moebius.checkpoint.sharing import agreed, payload, written_by
 from moebius.checkpoint.team import Alone, Team
 from moebius.checkpoint.writing import fill_shards, write_shards
 from moebius.errors import Fault, RankError, SaveError
@@ -64,11 +64,11 @@ def save(
     _meet(team, folder, patience)
     with _step(team, folder):
         todo = _todo(plan, tensors, boxes, folder)
-    offers = agreed(todo, boxes, folder, team)
+    offers = agreed(todo, boxes, folder, team, checksums=bool(checksums))
     with Shards(plan.files.shards if isinstance(plan, Plan) else ()) as source, ExitStack() as held:
         site = _site(held, todo, folder, extras, team)
         todo = _named(todo, site.names)
-        share = share_of(todo, offers, team.rank) if team.size > 1 else todo
+        share = written_by(todo, offers, team.rank) if team.size > 1 else todo
         shown = progress or Silent()
         shown.start(payload(share), f"saving {folder.name}")
         try:

@@ -24,23 +24,27 @@ Boxes = Mapping[str, range]
 
 @dataclass(frozen=True)
 class Offer:
-    """What a rank says before a save: where to, which files (a digest of headers and names), and what it holds."""
+    """What a rank says before a save: where to, which files (a digest of headers and names), and what it holds.
+
+    checksums: whether it is asked to write them too.
+    """
 
     folder: str
     files: str
     boxes: Boxes
+    checksums: bool
 
 
-def agreed(plan: SavePlan, boxes: Boxes, folder: Path, team: Team) -> Sequence[Offer]:
-    """Every rank's offer.  SaveError, on all ranks: they save to different folders or different models, or do not
-    together hold each row of each tensor.
+def agreed(plan: SavePlan, boxes: Boxes, folder: Path, team: Team, *, checksums: bool = False) -> Sequence[Offer]:
+    """Every rank's offer.  SaveError, on all ranks: they save to different folders, different models or in different
+    ways, or do not together hold each row of each tensor.
     """
-    offers = team.gathered(Offer(str(folder), _digest(plan), boxes), f"saving {folder}")
+    offers = team.gathered(Offer(str(folder), _digest(plan), boxes, checksums), f"saving {folder}")
     if faults := list(_disagreements(offers)):
         raise SaveError(
-            f"{folder} was not written: the ranks do not save the same model to the same place",
+            f"{folder} was not written: the ranks do not save the same model in the same way to the same place",
             faults=faults,
-            advice="give the same model and folder on every rank",
+            advice="give the same model, folder and options on every rank",
         )
     held = [offer.boxes for offer in offers]
     if faults := [fault for name, shape in plan.shapes.items() for fault in _gaps(name, shape, held)]:
@@ -52,7 +56,7 @@ def agreed(plan: SavePlan, boxes: Boxes, folder: Path, team: Team) -> Sequence[O
     return offers
 
 
-def share_of(plan: SavePlan, offers: Sequence[Offer], rank: int) -> SavePlan:
+def written_by(plan: SavePlan, offers: Sequence[Offer], rank: int) -> SavePlan:
     """What a rank writes of the plan, beginning with another file than the next rank does.
 
     Its origins count from the starts of the rank's boxes.
@@ -93,9 +97,11 @@ def _disagreements(offers: Sequence[Offer]) -> Iterator[Fault]:
         if offer.folder != first.folder:
             yield Fault(f"rank {rank}", "another folder", f"{offer.folder}, on rank 0 {first.folder}")
         elif offer.files != first.files:
-            yield Fault(
-                f"rank {rank}", "another model", "its tensors have not the names, shapes and dtypes of rank 0's"
-            )
+            what = "its files would not have the names, or the tensors' names, shapes and dtypes, of rank 0's"
+            yield Fault(f"rank {rank}", "another model or layout", what)
+        if offer.checksums != first.checksums:
+            found = f"checksums={offer.checksums}, on rank 0 {first.checksums}"
+            yield Fault(f"rank {rank}", "another option", found)
 
 
 def _gaps(name: str, shape: tuple[int, ...], held: Sequence[Boxes]) -> Iterator[Fault]:

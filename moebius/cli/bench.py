@@ -53,7 +53,7 @@ NvLink = Annotated[float, typer.Option("--nvlink", help="GB/s that a GPU sends t
 InfiniBand = Annotated[float, typer.Option("--infiniband", help="GB/s that a GPU sends to other nodes; assumed.")]
 TeraFlops = Annotated[float, typer.Option("--tflops", help="TFLOP/s of the experts' products; measured.")]
 Memory = Annotated[float, typer.Option("--memory", help="GB of a GPU.")]
-Measured = Annotated[Path, typer.Option("--measured", help="A report of `bench parallel` to hold it against.")]
+Measured = Annotated[Path, typer.Option("--measured", help="A report of `moebius bench parallel` to hold it against.")]
 
 
 @bench.command("load")
@@ -151,7 +151,10 @@ def parallel(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """How fast experts over several GPUs are: loading, prefill, decode, exchanges, beside one GPU and transformers."""
+    """How fast experts over several GPUs are: loading, prefill, decode, exchanges, beside one GPU and transformers.
+
+    transformers' ways want transformers, and on GPUs or on several ranks accelerate too; what cannot run says why.
+    """
     console = open_console(quiet, verbose)
     import os
 
@@ -192,7 +195,7 @@ def scaling(
     from moebius.bench import scaling as model
 
     rates = model.Rates(nvlink * 1e9, infiniband * 1e9, tflops * 1e12, memory * 1e9)
-    report = model.run(rates, loads(measured.read_text()) if measured.exists() else None)
+    report = model.run(rates, measured, loads(measured.read_text()) if measured.exists() else None)
     if json:
         print_json(report)
     else:

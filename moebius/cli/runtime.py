@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from moebius.arguments import DEVICE_OF_A_RANK, DEVICES_ON_RANKS
 from moebius.auto import AutoModelForCausalLM, CausalLM, open_checkpoint
 from moebius.checkpoint.describe import size
 from moebius.cli.console import Console
@@ -49,6 +50,8 @@ def find(choice: ModelChoice) -> Path:
 def load(name: str | Path, choice: ModelChoice, console: Console, **download: Any) -> CausalLM:
     """The model of this name or folder, on its device; under torchrun, on all ranks."""
     spread = several() or choice.ep_size is not None
+    if spread and choice.device not in DEVICES_ON_RANKS:
+        raise ArgumentError(f"--device {choice.device}: where ranks share the experts, expected {DEVICE_OF_A_RANK}")
     return AutoModelForCausalLM.from_pretrained(
         name,
         dtype=choice.dtype,

@@ -3,13 +3,16 @@
 N ranks of the group, T rows, K experts a token.  gloo and NCCL both have every call used here, for every dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from moebius.distributed.roll_call import is_lost, lost
 
 FOREIGN = -1
 """An expert's id that is nobody's."""
@@ -27,39 +30,56 @@ class Coming(NamedTuple):
 
     rows: Tensor
     work: dist.Work
+    group: dist.ProcessGroup
 
     def arrived(self) -> Tensor:
         """The rows, from here on fit to be read; on CUDA it is the stream that waits, not the host."""
-        self.work.wait()
+        with _answered(self.group):
+            self.work.wait()
         return self.rows
 
 
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Coming:
     """[T, ...] of every rank, T alike on all -> [N*T, ...] in the order of ranks."""
     everyone = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
-    work = _all_gather(everyone, rows.contiguous(), group=group, async_op=True)
-    return Coming(everyone, cast(dist.Work, work))
+    with _answered(group):
+        work = _all_gather(everyone, rows.contiguous(), group=group, async_op=True)
+    return Coming(everyone, cast(dist.Work, work), group)
 
 
 def add_and_scatter(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[N*T, ...] -> [T, ...]: the sum over all ranks of what they have for this one."""
     total = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
-    _reduce_scatter(total, rows.contiguous(), group=group)
+    with _answered(group):
+        _reduce_scatter(total, rows.contiguous(), group=group)
     return total
 
 
 def add(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over all ranks, in place where the tensor is contiguous."""
     total = tensor.contiguous()
-    dist.all_reduce(total, group=group)
+    with _answered(group):
+        dist.all_reduce(total, group=group)
     return total
 
 
 def swap(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Coming:
     """sent[r] rows for each rank r, one after the other -> received[r] rows from each."""
     theirs = rows.new_empty(sum(received), *rows.shape[1:])
-    work = dist.all_to_all_single(theirs, rows.contiguous(), list(received), list(sent), group=group, async_op=True)
-    return Coming(theirs, cast(dist.Work, work))
+    with _answered(group):
+        work = dist.all_to_all_single(theirs, rows.contiguous(), list(received), list(sent), group=group, async_op=True)
+    return Coming(theirs, cast(dist.Work, work), group)
+
+
+@contextmanager
+def _answered(group: dist.ProcessGroup) -> Iterator[None]:
+    """RankError: some rank is not there.  On CUDA it is NCCL's watchdog that finds that out, and ends the process."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise lost(f"rank {dist.get_rank()}: within a step", group.size(), error) from error
 
 
 def padded(rows: Tensor, length: int, value: int = 0) -> Tensor:

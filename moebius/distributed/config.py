@@ -3,7 +3,7 @@
 N ranks; ep of them share one set of experts, N / ep sets are copies of one another; E experts a layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -11,13 +11,17 @@ from moebius.errors import ArgumentError, Fault
 
 Batch = Literal["shared", "distinct"]
 ExchangeName = Literal["auto", "all_reduce", "gather_scatter", "all_to_all"]
+MOST_SECONDS = 1e9  # 31 years; torch counts nanoseconds in 64 bits
+
+
+DEFAULT_SECONDS = 600.0
 
 
 class Grid(NamedTuple):
     """The ranks as a box, the last axis running fastest: rank = (replica * efsdp + copy) * ep + place.
 
-    replicate * efsdp ranks hold the same experts; the efsdp of one replica keep a shard each of them.  fsdp: ranks that
-    keep a shard each of everything else, 1 where each holds it whole.
+    replicate * efsdp ranks hold the same experts; with fsdp > 1 the efsdp of one replica keep a shard each of them.
+    fsdp: ranks that keep a shard each of everything else, 1 where each holds it whole.
     """
 
     replicate: int
@@ -46,7 +50,8 @@ class DistributedConfig:
     exchange: how tokens reach their experts, "auto" by the batch and the ranks (`exchange.choose`).
     fsdp_size: ranks over which FSDP2 shards everything but the experts, for training; 1: not at all.  Experts are
     sharded over fsdp_size / ep_size.  dp_replicate_size: copies of such a set; default: as many as there are.
-    timeout_seconds: after which a collective that some rank does not join ends the job.
+    timeout_seconds: after which a collective that some rank does not join ends the job; default: DEFAULT_SECONDS, and a
+    process group that was there before keeps its own.
 
     Raises ArgumentError that lists every field out of range.
     """
@@ -57,25 +62,36 @@ class DistributedConfig:
     dp_replicate_size: int | None = None
     batch: Batch = "shared"
     exchange: ExchangeName = "auto"
-    timeout_seconds: float = 600.0
+    timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if faults := list(self._faults()):
             raise ArgumentError("distributed_config is out of range", faults=faults)
 
     def _faults(self) -> Iterator[Fault]:
-        for name in ("ep_size", "fsdp_size", "dp_replicate_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                yield Fault(name, "too small", f"expected 1 or more, found {value}")
-        if not self.timeout_seconds > 0:
-            yield Fault("timeout_seconds", "not a positive number", f"found {self.timeout_seconds}")
-        for name, choices in (("batch", get_args(Batch)), ("exchange", get_args(ExchangeName))):
-            if (value := getattr(self, name)) not in choices:
-                yield Fault(name, "unknown", f"expected {' or '.join(choices)}, found {value!r}")
+        found = (
+            _flag_fault("enable_expert_parallel", self.enable_expert_parallel),
+            _size_fault("ep_size", self.ep_size, optional=True),
+            _size_fault("fsdp_size", self.fsdp_size, optional=False),
+            _size_fault("dp_replicate_size", self.dp_replicate_size, optional=True),
+            _choice_fault("batch", self.batch, get_args(Batch)),
+            _choice_fault("exchange", self.exchange, get_args(ExchangeName)),
+            _seconds_fault("timeout_seconds", self.timeout_seconds),
+        )
+        yield from (fault for fault in found if fault)
+        if not any(fault and fault.where in ("batch", "exchange") for fault in found):
+            yield from self._contradictions()
+
+    def _contradictions(self) -> Iterator[Fault]:
         if self.batch == "distinct" and self.exchange == "all_reduce":
             yield Fault("exchange", "unsupported", "all_reduce adds up outputs for one batch that all ranks share")
         if self.batch == "shared" and self.exchange not in ("auto", "all_reduce"):
             yield Fault("exchange", "unsupported", f"{self.exchange} brings together what ranks do not share")
+
+    @property
+    def seconds(self) -> float:
+        """How long ranks wait for one another."""
+        return DEFAULT_SECONDS if self.timeout_seconds is None else self.timeout_seconds
 
     def grid(self, ranks: int, num_experts: int) -> Grid:
         """How `ranks` ranks are used; num_experts: the fewest of any sparse layer.  ArgumentError: they do not fit."""
@@ -103,3 +119,34 @@ class DistributedConfig:
             )
         elif not ranks % ep and ranks % (replicate * ep):
             yield Fault("dp_replicate_size", "does not divide", f"{ranks} ranks are not {replicate} times {ep}")
+
+
+# --- one field -------------------------------------------------------------------------------------------------------
+
+
+def _flag_fault(name: str, value: object) -> Fault | None:
+    return None if isinstance(value, bool) else Fault(name, "type", f"expected True or False, found {value!r}")
+
+
+def _size_fault(name: str, value: object, *, optional: bool) -> Fault | None:
+    if value is None and optional:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return Fault(name, "type", f"expected a whole number{' or None' if optional else ''}, found {value!r}")
+    return None if value >= 1 else Fault(name, "too small", f"expected 1 or more, found {value}")
+
+
+def _choice_fault(name: str, value: object, choices: Sequence[str]) -> Fault | None:
+    if isinstance(value, str) and value in choices:
+        return None
+    return Fault(name, "unknown", f"expected {' or '.join(choices)}, found {value!r}")
+
+
+def _seconds_fault(name: str, value: object) -> Fault | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return Fault(name, "type", f"expected a number or None, found {value!r}")
+    if 0 < value <= MOST_SECONDS:
+        return None
+    return Fault(name, "out of range", f"expected more than 0 and at most {MOST_SECONDS:g}, found {value}")

@@ -47,7 +47,10 @@ class Exchange(ABC):
         self.group, self.layout = group, layout
 
     def expect(self, tokens: Sequence[int]) -> None:  # noqa: B027  # most need not know
-        """Told before a step how many tokens each rank of the group brings to every layer."""
+        """Told before a step how many tokens each rank of the group brings to every layer of its forward.
+
+        Not of a layer that a backward computes again: it may be of a step before this one.
+        """
 
     @abstractmethod
     def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Visit:

@@ -43,7 +43,10 @@ class GatherScatter(Exchange):
 
 
 class Sizes:
-    """How many tokens each rank brings: as was said before the step, or else asked of them."""
+    """How many tokens each rank brings: as was said before the step, or else asked of them.
+
+    Asked, too, where a backward computes a layer again: of several forwards before it, the last one was said last.
+    """
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -55,7 +58,7 @@ class Sizes:
     def longest(self, hidden_states: Tensor) -> int:
         """M, of hidden_states [T, H].  ArgumentError: T is not what was said."""
         own = hidden_states.shape[0]
-        if self._expected is None:
+        if self._expected is None or _within_backward():
             return max(self._asked(own, hidden_states.device))
         if self._expected[self.group.rank()] != own:
             raise ArgumentError(
@@ -67,6 +70,11 @@ class Sizes:
 
     def _asked(self, own: int, device: torch.device) -> list[int]:
         return gather(torch.tensor([own], device=device), self.group).arrived().tolist()
+
+
+def _within_backward() -> bool:
+    """Of this thread, as torch's own checkpoint and FSDP2 ask it; there is no public way."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _Gather(torch.autograd.Function):

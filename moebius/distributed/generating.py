@@ -12,11 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moebius.distributed.header import StepHeader
-from moebius.distributed.ranks import Ranks
-from moebius.errors import ArgumentError, Fault, RankError
+from moebius.distributed.roll_call import is_lost, lost
+from moebius.errors import RankError
 from moebius.layers.decoder import Decoder
-
-LOST = ("gloo", "pair closure", "Connection closed", "Connection reset")  # gloo's words; it has no kinds of errors
 
 
 @contextmanager
@@ -25,43 +23,42 @@ def generating(
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Around a loop of forwards that every rank runs; gives what makes a decision of this rank, [B], that of all.
 
-    settings: how long the loop goes on, and the like.  ArgumentError, on every rank: the batch is shared, and settings
-    are not.  RankError: a rank went away, or did not come in time.  An error of this rank alone lets the others finish,
-    where batches are distinct.
+    settings: how long the loop goes on, and the like; of the same names on every rank.  ArgumentError, on every rank:
+    the batch is shared, and settings are not.  RankError: a rank went away, or did not come in time.  Where batches are
+    distinct, an error of this rank between its forwards lets the others finish; within one they wait for it, and only
+    its end can end them.
     """
-    ranks = header.ranks
+    ranks, forwards = header.ranks, Forwards()
     if header.batch == "shared":
-        _check_same(ranks, settings)
-    try:
-        yield (lambda decided: _as_rank_0(decided, header)) if header.batch == "shared" else _own
-    except RankError:
-        raise
-    except Exception as error:
-        if not _lost(error):  # but of this rank alone
+        ranks.roll_call.check_same(settings, "generate")
+    with decoder.register_forward_pre_hook(forwards.begin), decoder.register_forward_hook(forwards.end):
+        try:
+            yield (lambda decided: _as_rank_0(decided, header)) if header.batch == "shared" else _own
             _take_part(decoder, header)
+        except RankError:
             raise
-        reason = str(error).splitlines()[0].partition(". This is")[0]  # beyond it gloo gives advice of its own
-        raise RankError(
-            f"rank {ranks.rank}: generating: a rank of {ranks.size} went away, or did not come in time ({reason})",
-            advice="look at what the other ranks said first; generate must be called on every rank",
-        ) from error
-    else:
-        _take_part(decoder, header)
-    finally:
-        header.told = False
+        except Exception as error:
+            if is_lost(error):
+                raise lost(f"rank {ranks.rank}: generating", ranks.size, error) from error
+            if forwards.under_way:
+                error.add_note(f"rank {ranks.rank} of {ranks.size}: within a step, which no rank can end without it")
+            else:
+                _take_part_after(error, decoder, header)
+            raise
+        finally:
+            header.told = False
 
 
-def _check_same(ranks: Ranks, settings: Mapping[str, Any]) -> None:
-    """Ranks that stop at different steps would wait for one another."""
-    first, *others = ranks.gathered(dict(settings), "generating")
-    faults = [
-        Fault(f"rank {rank}", name, f"{theirs.get(name)!r}, rank 0 has {first.get(name)!r}")
-        for rank, theirs in enumerate(others, 1)
-        for name in first | theirs
-        if theirs.get(name) != first.get(name)
-    ]
-    if faults:
-        raise ArgumentError("generate was called with other settings than on rank 0", faults=faults)
+class Forwards:
+    """under_way: whether a forward has begun, its step being announced, and has not ended."""
+
+    under_way = False
+
+    def begin(self, *_: object) -> None:
+        self.under_way = True
+
+    def end(self, *_: object) -> None:
+        self.under_way = False
 
 
 def _own(decided: Tensor) -> Tensor:
@@ -90,5 +87,9 @@ def _take_part(decoder: Decoder, header: StepHeader) -> None:
         header.done = False
 
 
-def _lost(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
+def _take_part_after(error: Exception, decoder: Decoder, header: StepHeader) -> None:
+    """Whatever becomes of the others, this rank's own error is the one to raise."""
+    try:
+        _take_part(decoder, header)
+    except Exception:  # noqa: BLE001  # it becomes the first one's context
+        raise error  # noqa: B904

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from moebius.distributed.collectives import add
 from moebius.distributed.config import Batch
 from moebius.distributed.ranks import Ranks
 from moebius.distributed.spread import local
@@ -63,7 +63,7 @@ class Gradients:
         for parameters, holders, _, _ in self._held:
             norm = torch.nn.utils.get_total_norm([local(_gradient(parameter)) for parameter in parameters])
             square += norm.double().square() / holders
-        dist.all_reduce(square)
+        add(square, self._ranks.everyone)
         norm = square.sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameters, *_ in self._held:
@@ -75,13 +75,11 @@ class Gradients:
 
 def _held(decoder: Decoder, ranks: Ranks) -> Iterator[Held]:
     grid, roles = ranks.grid, decoder.parameter_roles()
-    copies = init_device_mesh(
-        ranks.device.type, (grid.replicate * grid.efsdp, grid.ep), mesh_dim_names=("copies", "ep")
-    )
+    copies = ranks.axes(copies=grid.replicate * grid.efsdp, ep=grid.ep)
     trained = [(name, each) for name, each in decoder.named_parameters() if each.requires_grad]
     for routed, everywhere, group in (
         (True, grid.replicate * grid.efsdp, copies.get_group("copies")),
-        (False, grid.ranks, dist.group.WORLD),
+        (False, grid.ranks, ranks.everyone),
     ):
         mine = [each for name, each in trained if (roles[name] == "routed_experts") == routed]
         plain = [each for each in mine if not isinstance(each, DTensor)]
@@ -112,9 +110,8 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _add_up(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     if len(gradients) == 1 and gradients[0].is_contiguous():  # a large one, of which no copy is made
-        dist.all_reduce(gradients[0], group=group)
+        add(gradients[0], group)
         return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=group)
+    flat = add(torch.cat([gradient.flatten() for gradient in gradients]), group)
     for gradient, found in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
         gradient.copy_(found.view_as(gradient))

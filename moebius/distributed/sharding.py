@@ -5,10 +5,9 @@ unit gathers its parameters for its forward and backward.  Gradients are summed,
 all tokens of their set, the rest its own rank's alone, and an average would weigh them differently.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -16,8 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from moebius.distributed.ranks import Ranks
 from moebius.errors import ArgumentError, Fault
+from moebius.experts.contract import SEGMENTS
 from moebius.experts.interface import Experts
 from moebius.layers.decoder import Decoder
+from moebius.layers.quantized import QuantizedLinear
+from moebius.quantization.forms import Form
 
 
 def shard(decoder: Decoder, ranks: Ranks) -> None:
@@ -28,15 +30,17 @@ def shard(decoder: Decoder, ranks: Ranks) -> None:
     _refuse_quantized(decoder)
     grid, kind = ranks.grid, ranks.device.type
     dense = init_device_mesh(kind, (grid.replicate, grid.fsdp), mesh_dim_names=("replicate", "fsdp"))
-    layers = [module for module in decoder.modules() if isinstance(module, Experts)]
-    whole = {parameter for experts in layers for parameter in experts.parameters()} if grid.efsdp == 1 else set()
-    if grid.efsdp > 1:
-        for experts in layers:
-            _shard(experts, _of_one(ranks.mesh["replicate", "efsdp"], grid.replicate, "efsdp"), set())
     mesh = _of_one(dense, grid.replicate, "fsdp")
+    copies = _of_one(ranks.mesh["replicate", "efsdp"], grid.replicate, "efsdp")
+    layers = [module for module in decoder.modules() if isinstance(module, Experts)]
+    plain = {each for experts in layers if _stays_plain(experts, ranks) for each in experts.parameters()}
+    for experts in layers:
+        _shard(experts, copies, plain)
+    for module in _of_other_dtypes(decoder):
+        _shard(module, mesh, plain)
     for layer in cast(Iterable[nn.Module], decoder.model.layers):
-        _shard(layer, mesh, whole)
-    _shard(decoder, mesh, whole)
+        _shard(layer, mesh, plain)
+    _shard(decoder, mesh, plain)
 
 
 def fill(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
@@ -60,10 +64,29 @@ def _placed(parameter: nn.Parameter | None, tensor: Tensor) -> Tensor:
     return nn.Parameter(found, requires_grad=parameter.requires_grad)
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
-    if all(parameter in ignored for parameter in module.parameters()):
+def _stays_plain(experts: Experts, ranks: Ranks) -> bool:
+    """Nobody to share these experts with, or none of them here, nor on any rank of this set: FSDP2 cannot shard what is
+    empty.
+    """
+    return ranks.grid.efsdp == 1 or experts.num_experts == 0
+
+
+def _of_other_dtypes(decoder: Decoder) -> list[nn.Module]:
+    """Modules with parameters of another dtype than the decoder's, as a router that is float32 in a bfloat16 layer: a
+    unit of FSDP2 is of one dtype.  Experts are a unit by themselves anyway.
+    """
+    dtype = decoder.model.embed_tokens.weight.dtype
+    return [
+        module
+        for module in decoder.modules()
+        if not isinstance(module, Experts) and any(each.dtype != dtype for each in module.parameters(recurse=False))
+    ]
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, plain: set[nn.Parameter]) -> None:
+    if all(parameter in plain for parameter in module.parameters()):
         return
-    fully_shard(module, mesh=mesh, ignored_params=ignored)
+    fully_shard(module, mesh=mesh, ignored_params=plain)
     unit = cast(FSDPModule, module)
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)  # a factor alone becomes PREMUL_SUM, which bfloat16 does not survive
@@ -75,10 +98,20 @@ def _of_one(mesh: DeviceMesh, replicate: int, axis: str) -> DeviceMesh:
 
 
 def _refuse_quantized(decoder: Decoder) -> None:
-    fixed = [name for name, each in decoder.named_parameters() if not torch.is_floating_point(each)]
-    if fixed:
+    if faults := [Fault(name, "quantized", form.name) for name, form in _held(decoder)]:
         raise ArgumentError(
             "fsdp_size above 1 is for training, and quantized weights are not trained",
-            faults=[Fault(name, "quantized") for name in fixed],
-            advice='load with dtype="bfloat16", or leave fsdp_size out',
+            faults=faults,
+            advice='load with dtype="bfloat16" and without quantization, or leave fsdp_size out',
         )
+
+
+def _held(decoder: Decoder) -> Iterator[tuple[str, Form]]:
+    """Weights in quantized forms: not by their dtypes, for fp8 is a float to torch."""
+    for path, module in decoder.named_modules():
+        match module:
+            case QuantizedLinear():
+                yield f"{path}.weight", module.form
+            case Experts():
+                forms = {name: module.form_of(name) for name in SEGMENTS}
+                yield from ((f"{path}.{name}", form) for name, form in forms.items() if form)

@@ -50,8 +50,8 @@ ExpertsFunction = Callable[[ExpertWeights, Tensor, Tensor, Tensor], Tensor]
 """(experts, hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K]) -> [T, H] in hidden_states' dtype.
 
 A slot whose id is outside [0, num_experts) adds nothing, is not read, and gives its weight a zero gradient.  The K rows
-of a token are added in float32 and rounded once.  Inputs are not changed.  T = 0 gives an empty result, joined to the
-graph.
+of a token are added in float32 and rounded once.  Inputs are not changed, and the result, which the caller may change,
+is no part of them.  T = 0 gives an empty result, joined to the graph.
 """
 
 

@@ -3,16 +3,17 @@
 B sequences a step, T tokens a sequence, N ranks.
 """
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 
+from moebius.distributed.collectives import add
 from moebius.distributed.config import Batch
 from moebius.distributed.gradients import Gradients
 from moebius.distributed.header import checksum
 from moebius.distributed.ranks import Ranks
 from moebius.distributed.spread import Spread, spread_of
 from moebius.errors import ArgumentError
-from moebius.layers.decoder import Decoder
+from moebius.layers.decoder import IGNORED_LABEL, Decoder
 
 
 class _OnRanks:
@@ -28,13 +29,14 @@ class _OnRanks:
 class SharedBatch(_OnRanks):
     """A rank that computes the whole step, as all of them do, but for its experts."""
 
-    parts = 1
-
     def __init__(self, decoder: Decoder, ranks: Ranks):
         super().__init__(decoder, ranks, "shared")
 
     def rows(self, input_ids: Tensor) -> Tensor:
         return input_ids
+
+    def part(self, loss: Tensor, labels: Tensor) -> Tensor:
+        return loss
 
     def pooled(self, values: Tensor) -> Tensor:
         return values
@@ -45,7 +47,6 @@ class OwnSequences(_OnRanks):
 
     def __init__(self, decoder: Decoder, ranks: Ranks):
         super().__init__(decoder, ranks, "distinct")
-        self.parts = ranks.size
 
     def rows(self, input_ids: Tensor) -> Tensor:
         """ArgumentError, on every rank: ranks were given different steps, or fewer sequences than there are ranks."""
@@ -55,16 +56,21 @@ class OwnSequences(_OnRanks):
                 f"rank {other} was given another batch than rank 0",
                 advice="give every rank the whole step's sequences, of which each takes its own",
             )
-        if len(input_ids) < self.parts:
+        parts = self._ranks.size
+        if len(input_ids) < parts:
             raise ArgumentError(
-                f"a step of {len(input_ids)} sequences leaves some of {self.parts} ranks without any",
-                advice=f"take a batch_size of {self.parts} or more",
+                f"a step of {len(input_ids)} sequences leaves some of {parts} ranks without any",
+                advice=f"take a batch_size of {parts} or more",
             )
-        return input_ids.tensor_split(self.parts)[self._ranks.rank]
+        return input_ids.tensor_split(parts)[self._ranks.rank]
+
+    def part(self, loss: Tensor, labels: Tensor) -> Tensor:
+        labelled = (labels[:, 1:] != IGNORED_LABEL).sum().to(loss.device)
+        own = torch.where(labelled > 0, loss, torch.zeros_like(loss))  # of no token it is not a number
+        return own * (labelled / self.pooled(labelled))
 
     def pooled(self, values: Tensor) -> Tensor:
-        total = values.detach().to(self._ranks.device, copy=True)
-        dist.all_reduce(total)
+        total = add(values.detach().to(self._ranks.device, copy=True), self._ranks.everyone)
         return total.to(values.device)
 
 

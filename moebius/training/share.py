@@ -13,13 +13,19 @@ from moebius.layers.decoder import Decoder
 
 
 class Share(Protocol):
-    """parts: of how many the step's loss is the sum.  speaks: whether this process tells of the run."""
+    """speaks: whether this process tells of the run."""
 
-    parts: int
     speaks: bool
 
     def rows(self, input_ids: Tensor) -> Tensor:
         """This process's sequences of the step's [B, T]."""
+        ...
+
+    def part(self, loss: Tensor, labels: Tensor) -> Tensor:
+        """What this process's sequences add to the step's loss: their own, a mean over the labelled tokens of labels
+        [B, T] (as Decoder.forward takes them), by how many of all the step's these are.  A scalar; 0 where none is
+        labelled here, whatever the loss.
+        """
         ...
 
     def pooled(self, values: Tensor) -> Tensor:
@@ -36,13 +42,16 @@ class Share(Protocol):
 class Whole:
     """A process by itself."""
 
-    parts, speaks = 1, True
+    speaks = True
 
     def __init__(self, decoder: Decoder):
         self._parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
 
     def rows(self, input_ids: Tensor) -> Tensor:
         return input_ids
+
+    def part(self, loss: Tensor, labels: Tensor) -> Tensor:
+        return loss
 
     def pooled(self, values: Tensor) -> Tensor:
         return values

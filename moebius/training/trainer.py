@@ -132,4 +132,4 @@ def _losses(run: _Run, input_ids: Tensor) -> Tensor:
     rows = run.share.rows(input_ids)
     cross_entropy, balance = step_losses(run.decoder, rows, run.config.balance_scope, run.share.pooled)
     nothing = torch.zeros_like(cross_entropy)
-    return torch.stack([cross_entropy * (len(rows) / len(input_ids)), nothing if balance is None else balance])
+    return torch.stack([run.share.part(cross_entropy, rows), nothing if balance is None else balance])

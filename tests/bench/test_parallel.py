@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from moebius import ArgumentError, MoebiusError
 from moebius.bench import parallel
@@ -173,6 +174,20 @@ def test_a_nan_is_as_far_as_can_be():
 )
 def test_how_a_launch_ended(source, said):
     assert parallel.launch([sys.executable, "-c", source], os.environ, 30.0) == said
+
+
+def test_the_last_words_of_a_launch_end_between_words_and_say_that_they_go_on():
+    source = f"raise ValueError({'one two three ' * 100!r})"
+    said = parallel.launch([sys.executable, "-c", source], os.environ, 30.0)
+    assert 500 < len(said) < 700
+    assert said.endswith((" one [...]", " two [...]", " three [...]"))
+
+
+def test_help_says_what_transformers_ways_want():
+    from moebius.cli.bench import bench
+
+    said = " ".join(CliRunner().invoke(bench, ["parallel", "--help"]).output.split())
+    assert "transformers' ways want transformers, and on GPUs or on several ranks accelerate too" in said
 
 
 def test_a_launch_that_hangs_is_ended():

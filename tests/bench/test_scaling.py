@@ -1,7 +1,9 @@
 """The arithmetic of scaling: its limits, a count of rows by trying, and the design's own numbers."""
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -99,7 +101,7 @@ def test_more_tokens_a_step_hide_the_copies_and_faster_links_everything():
 def test_too_few_gpus_are_told_from_enough():
     assert next(gpus for gpus in scaling.GPUS if scaling.fits(QWEN_235B, GOAL, gpus)) == 64
     assert next(gpus for gpus in scaling.GPUS if scaling.fits(DEEPSEEK_V3, GOAL, gpus)) == 128
-    assert "            -" in scaling.table(scaling.run(GOAL))
+    assert "            -" in scaling.table(scaling.run(GOAL, Path("none.json")))
 
 
 def measured(speedup: float, milliseconds: float) -> dict:
@@ -111,7 +113,7 @@ def measured(speedup: float, milliseconds: float) -> dict:
 
 
 def test_it_is_held_against_a_measurement():
-    prefill, exchange = scaling.run(GOAL, measured(1.8, 0.3))["check"]
+    prefill, exchange = scaling.run(GOAL, Path("report.json"), measured(1.8, 0.3))["check"]
     assert prefill["measured"] == pytest.approx(1.8)
     assert prefill["model"] == pytest.approx(1.93, abs=0.01)  # 778 ns a token and layer alone, 26 more for the exchange
     assert (round(exchange["model"], 2), exchange["measured"]) == (0.22, 0.3)
@@ -119,7 +121,7 @@ def test_it_is_held_against_a_measurement():
 
 def test_a_measurement_without_these_ways_is_held_against_nothing():
     report = measured(1.8, 0.3) | {"rows": [{"way": "moebius 1", "reason": "no GPU"}], "exchanges": []}
-    assert scaling.run(GOAL, report)["check"] == []
+    assert scaling.run(GOAL, Path("report.json"), report)["check"] == []
 
 
 def test_a_rate_of_nothing_is_refused():
@@ -135,3 +137,18 @@ def test_the_command_prints_the_arithmetic_and_says_that_it_is_that(tmp_path):
     assert "Arithmetic, not measured" in ended.output
     assert "no measurement" in ended.output
     assert "192 (636)" in ended.output
+
+
+def test_without_a_measurement_it_says_where_it_looked_and_how_to_give_one(tmp_path, monkeypatch):
+    from moebius.cli.bench import bench
+
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(bench, ["scaling"]).output.splitlines()[-1]
+    assert said == (
+        f"no measurement to hold it against: there is no {tmp_path}/benchmarks/parallel_h200.json; "
+        "give a report of `moebius bench parallel` with --measured"
+    )
+    other = measured(1.8, 0.3) | {"rows": [], "exchanges": []}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    said = CliRunner().invoke(bench, ["scaling", "--measured", "other.json"]).output.splitlines()[-1]
+    assert said.startswith("no measurement to hold it against: other.json has neither ")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moebius import Interleave, MergeModulelist, SaveError, Transpose, WeightConverter, WeightSkip, checkpoint
 from moebius.checkpoint import reversing, writing
 from moebius.checkpoint.planning import Target
-from moebius.checkpoint.sharing import Offer, agreed, payload, share_of
+from moebius.checkpoint.sharing import Offer, agreed, payload, written_by
 from moebius.checkpoint.team import Alone
 from moebius.distributed.layout import ExpertLayout
 from tests.checkpoint.folders import numbered, planned, targets, write
@@ -42,7 +42,7 @@ class Group(Alone):
 def offers_of(plan: reversing.SavePlan, boxes: list[dict[str, range]]) -> list[Offer]:
     """Of ranks with these boxes, once they agree."""
     alone = [agreed_alone(plan).files for _ in boxes]
-    offers = [Offer(str(FOLDER), files, mine) for files, mine in zip(alone, boxes, strict=True)]
+    offers = [Offer(str(FOLDER), files, mine, False) for files, mine in zip(alone, boxes, strict=True)]
     return list(agreed(plan, boxes[0], FOLDER, Group(offers[1:])))
 
 
@@ -89,7 +89,7 @@ def test_each_byte_is_written_by_one_rank(layout, ranks, copies, sharded, stagin
     offers = offers_of(plan, boxes)
     before, writing.STAGING_BYTES = writing.STAGING_BYTES, staging
     try:
-        shares = [share_of(plan, offers, rank) for rank in range(len(boxes))]
+        shares = [written_by(plan, offers, rank) for rank in range(len(boxes))]
         written = [stretches(share, rows(tensors, mine)) for share, mine in zip(shares, boxes, strict=True)]
     finally:
         writing.STAGING_BYTES = before
@@ -104,7 +104,7 @@ def test_what_the_model_does_not_use_is_carried_over_by_one_rank(tmp_path):
     plan = planned(source, [WeightSkip(name, "unused") for name in names], targets(w=(2,)))
     saved = reversing.as_loaded(plan, {"w": "float32"})
     offers = offers_of(saved, [{}, {}, {}])
-    shares = [share_of(saved, offers, rank) for rank in range(3)]
+    shares = [written_by(saved, offers, rank) for rank in range(3)]
     assert_each_byte_once(saved, [one for share in shares for one in stretches(share, {"w": numbered(2)})])
     assert max(map(payload, shares)) <= 48
 
@@ -114,7 +114,7 @@ def test_ranks_have_about_as_much_to_do():
     plan = reversing.from_nothing([], targets(embed=(500, 64), head=(500, 64), experts=(6, 64, 64), **dense))
     layout = ExpertLayout(6, 2)
     offers = offers_of(plan, [{"experts": layout.experts_of(rank % 2)} for rank in range(4)])
-    loads = [payload(share_of(plan, offers, rank)) for rank in range(4)]
+    loads = [payload(written_by(plan, offers, rank)) for rank in range(4)]
     assert sum(loads) == plan.nbytes
     assert max(loads) <= 1.1 * plan.nbytes / 4
 
@@ -124,7 +124,7 @@ def test_ranks_begin_with_other_files():
     layout = ExpertLayout(16, 4)
     boxes = [{f"w{n}": layout.experts_of(rank) for n in range(8)} for rank in range(4)]
     offers = offers_of(plan, boxes)
-    assert len({share_of(plan, offers, rank).shards[0].name for rank in range(4)}) == 4
+    assert len({written_by(plan, offers, rank).shards[0].name for rank in range(4)}) == 4
 
 
 # --- ranks that do not fit together ---
@@ -160,14 +160,26 @@ def test_a_process_that_has_its_share_alone_cannot_save_the_model(tmp_path):
 def test_ranks_with_another_model_or_folder_are_named(change):
     target = {"dtype": Target("v", (3,), "bfloat16"), "shape": targets(v=(4,))[0], "name": targets(u=(3,))[0]}[change]
     other = reversing.from_nothing([], [*targets(w=(6, 2)), target])
-    there = Offer(str(FOLDER), agreed_alone(other).files, {})
-    elsewhere = Offer("/elsewhere", agreed_alone(PLAN).files, {})
+    there = Offer(str(FOLDER), agreed_alone(other).files, {}, False)
+    elsewhere = Offer("/elsewhere", agreed_alone(PLAN).files, {}, False)
     with pytest.raises(SaveError) as caught:
         agreed(PLAN, {}, FOLDER, Group([there, elsewhere]))
     assert [(fault.where, fault.what) for fault in caught.value.faults] == [
-        ("rank 1", "another model"),
+        ("rank 1", "another model or layout"),
         ("rank 2", "another folder"),
     ]
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_ranks_that_do_not_all_ask_for_checksums_are_named(tmp_path, checksums):
+    """On rank 0, whose save this is, before anything is written."""
+    files, folder = agreed_alone(PLAN).files, tmp_path / "model"
+    others = Group([Offer(str(folder), files, {}, checksums), Offer(str(folder), files, {}, not checksums)])
+    with pytest.raises(SaveError) as caught:
+        checkpoint.save(PLAN, {"w": numbered(6, 2), "v": numbered(3)}, folder, checksums=checksums, team=others)
+    (fault,) = caught.value.faults
+    assert str(fault) == f"rank 2: another option: checksums={not checksums}, on rank 0 {checksums}"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

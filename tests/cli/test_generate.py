@@ -180,3 +180,10 @@ def test_env_names_versions_devices_and_backends(moebius):
     assert "cpu" in report["devices"]
     assert report["experts"]["eager on cpu"] == "can run"
     assert "experts\n" in moebius("env").out
+
+
+def test_a_rank_takes_no_device_by_its_number_and_the_flag_is_named(moebius, model):
+    ended = moebius("generate", model, "--ids", "3 4 5", "--ep-size", 1, "--device", "cuda:1")
+    assert ended.code == 3
+    assert "error: --device cuda:1: where ranks share the experts, expected 'auto', 'cpu' or 'cuda'" in ended.err
+    assert "device_map" not in ended.err

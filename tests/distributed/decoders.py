@@ -24,7 +24,7 @@ def whole_decoder(family: str, form: Form | None = None, **changes: int) -> Deco
     randomize(decoder, 0)
     for experts in experts_of(decoder):
         for name, segments in SEGMENTS.items() if form else ():
-            values, scales = quantize(form, experts.get_parameter(name), segments)
+            values, scales = quantize(form, experts.get_parameter(name).detach(), segments)
             experts.hold(name, form)
             fill(experts, {name: values, f"{name}_scale": scales})
     return decoder

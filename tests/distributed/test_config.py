@@ -58,8 +58,41 @@ def test_a_size_that_was_not_given_is_not_named():
         ({"timeout_seconds": 0}, "timeout_seconds"),
         ({"batch": "distinct", "exchange": "all_reduce"}, "one batch that all ranks share"),
         ({"exchange": "all_to_all"}, "do not share"),
+        ({"exchange": "all2all"}, "exchange: unknown"),
+        ({"batch": ["shared"]}, r"batch: unknown: expected .*, found \['shared'\]"),
+        ({"ep_size": "2"}, "ep_size: type: expected a whole number or None, found '2'"),
+        ({"ep_size": 1.0}, "ep_size: type: .* found 1.0"),
+        ({"ep_size": True}, "ep_size: type: .* found True"),
+        ({"fsdp_size": None}, "fsdp_size: type: expected a whole number, found None"),
+        ({"dp_replicate_size": [2]}, "dp_replicate_size: type"),
+        ({"enable_expert_parallel": "no"}, "enable_expert_parallel: type: expected True or False, found 'no'"),
+        ({"timeout_seconds": "60"}, "timeout_seconds: type: expected a number or None, found '60'"),
+        ({"timeout_seconds": True}, "timeout_seconds: type"),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds: out of range: .* found inf"),
+        ({"timeout_seconds": float("nan")}, "timeout_seconds: out of range: .* found nan"),
+        ({"timeout_seconds": 1e10}, "timeout_seconds: out of range"),
     ],
 )
 def test_values_out_of_range_are_refused(fields, names):
-    with pytest.raises(ArgumentError, match=names):
+    with pytest.raises(ArgumentError, match=names) as refused:
         DistributedConfig(**fields)
+    assert len(refused.value.faults) == 1
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(ArgumentError) as refused:
+        DistributedConfig("no", "2", 0, 1.5, "own", "mail", float("inf"))  # pyright: ignore[reportArgumentType]
+    assert [fault.where for fault in refused.value.faults] == [
+        "enable_expert_parallel",
+        "ep_size",
+        "fsdp_size",
+        "dp_replicate_size",
+        "batch",
+        "exchange",
+        "timeout_seconds",
+    ]
+
+
+@pytest.mark.parametrize("seconds", [None, 5, 0.5, 7 * 24 * 3600.0, 1e9])
+def test_a_timeout_may_be_any_number_of_seconds_that_torch_can_count_or_none(seconds):
+    assert DistributedConfig(timeout_seconds=seconds).timeout_seconds == seconds

@@ -21,7 +21,7 @@ from moebius.distributed.ranks import Ranks, join
 from moebius.distributed.sharding import shard
 from moebius.distributed.spread import local, spread_of
 from moebius.errors import ArgumentError, CheckpointError
-from moebius.layers.decoder import Decoder
+from moebius.layers.decoder import IGNORED_LABEL, Decoder
 from moebius.training.config import TrainingConfig
 from moebius.training.data import TokenWindows
 from moebius.training.share import share_of
@@ -33,9 +33,9 @@ from tests.families import tiny_config as hub_config
 from tests.training.models import tiny_config
 
 TEXT = torch.arange(2000) % 7 + 3 * (torch.arange(2000) % 5) + torch.arange(2000) // 900
-BATCHES = TokenWindows(TEXT, batch_size=5, seq_len=12).batch
+BATCHES = TokenWindows(TEXT, batch_size=7, seq_len=12).batch
 SETTINGS = TrainingConfig(
-    steps=20, batch_size=5, seq_len=12, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, warmup_steps=3
+    steps=20, batch_size=7, seq_len=12, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, warmup_steps=3
 )
 
 
@@ -58,7 +58,10 @@ CASES = [
     Case(4, 5, {"ep_size": 2, "batch": "distinct", "fsdp_size": 4}),
     Case(2, 4, {"enable_expert_parallel": True, "fsdp_size": 2}),
 ]
+EXPERTLESS = Case(6, 2, {"ep_size": 3, "batch": "distinct", "fsdp_size": 6})
+"""A set of experts is on two ranks, and two ranks have none."""
 MORE_CASES = [
+    EXPERTLESS,
     Case(2, 5, {**DISTINCT, "exchange": "all_to_all"}, "layer"),
     Case(3, 2, {"ep_size": 3, "batch": "distinct"}),
     Case(4, 5, {"ep_size": 2, "batch": "distinct"}),
@@ -146,28 +149,40 @@ def test_a_gradient_larger_than_a_bucket_is_added_up_too():
     assert_as_alone(run_ranks(2, trained_in_small_buckets, CASES[0]), CASES[0])
 
 
-def own_step(decoder: Decoder) -> tuple[float, dict[str, Any]]:
-    """A step of a loop of one's own, as docs/parallel.md has it."""
-    share, input_ids = share_of(decoder), BATCHES(0)
-    rows = share.rows(input_ids)
-    loss = decoder(rows, labels=rows).loss * len(rows) / len(input_ids)
-    loss.backward()
+MASKED = [[0.9, 0.5, 0.3, 0, 0, 0, 0.2], [0, 0, 0.4, 0, 1, 1, 1]]
+"""Of each sequence, how much is not labelled, in two batches; in the second, some ranks have no label."""
+
+
+def own_step(decoder: Decoder) -> tuple[float, dict[str, torch.Tensor]]:
+    """A step of a loop of one's own, as docs/parallel.md has it, over two batches: its norm, and local gradients."""
+    share = share_of(decoder)
+    for number, masked in enumerate(MASKED):
+        input_ids = BATCHES(number)
+        labels = input_ids.clone()
+        for row, part in enumerate(masked):
+            labels[row, : int(part * labels.shape[1])] = IGNORED_LABEL
+        rows, labels = share.rows(input_ids), share.rows(labels)
+        loss = share.part(decoder(rows, labels=labels).loss, labels) / len(MASKED)
+        loss.backward()
     norm = share.clip(0.5)
-    return float(norm), {name: each.grad for name, each in decoder.named_parameters() if ".experts." not in name}
+    return float(norm), {name: local(each.grad) for name, each in decoder.named_parameters()}
 
 
-def own_step_on(ranks: Ranks, case: Case) -> tuple[float, dict[str, Any]]:
-    return own_step(decoder_of(case, ranks))
+def own_step_on(ranks: Ranks, case: Case) -> tuple[float, dict[str, torch.Tensor], dict[str, range]]:
+    decoder = decoder_of(case, ranks)
+    return *own_step(decoder), dict(spread_of(decoder).boxes)
 
 
-def test_a_loop_of_ones_own_has_the_gradients_of_one_process():
-    whole = Decoder(tiny_config(4))
-    whole.load_state_dict(weights(4))
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+def test_a_loop_of_ones_own_has_the_gradients_of_one_process(case):
+    whole = Decoder(tiny_config(case.experts))
+    whole.load_state_dict(weights(case.experts))
     norm, expected = own_step(whole)
-    for found_norm, found in run_ranks(2, own_step_on, CASES[0]):
+    for found_norm, found, boxes in run_ranks(case.ranks, own_step_on, case):
         assert found_norm == pytest.approx(norm, rel=1e-5)
         for name, gradient in found.items():
-            torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
+            rows = boxes.get(name, range(len(expected[name])))
+            torch.testing.assert_close(gradient, expected[name][rows.start : rows.stop], atol=1e-6, rtol=1e-5)
 
 
 # --- states ---------------------------------------------------------------------------------------------------------
@@ -178,15 +193,26 @@ def run_to(ranks: Ranks, case: Case, steps: int, path: Path) -> list[float]:
     return [record.loss for record in train(decoder_of(case, ranks), BATCHES, config, states=StateFolder(path)).records]
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(tmp_path):
-    """4 ranks and FSDP2, then 3, then 2, then one process: as if it had never been moved."""
+MOVES = [CASES[3], Case(3, 5, DISTINCT), CASES[1]]
+EXPERTLESS_MOVES = [EXPERTLESS, Case(2, 2, DISTINCT), EXPERTLESS]
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        pytest.param(MOVES, id="every rank has experts"),
+        pytest.param(EXPERTLESS_MOVES, id="some have none", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, moves):
+    """FSDP2, then more ranks or fewer, then one process: as if it had never been moved."""
     path, config = tmp_path / "state", TrainingConfig(**{**vars(SETTINGS), "steps": 8, "schedule": "constant"})
-    losses: list[float] = []
-    for case, steps in ((CASES[3], 2), (Case(3, 5, DISTINCT), 4), (CASES[1], 6)):
+    losses, experts = list[float](), moves[0].experts
+    for case, steps in zip(moves, (2, 4, 6), strict=True):
         losses += run_ranks(case.ranks, run_to, case, steps, path)[0]
-    decoder, whole = Decoder(tiny_config(5)), Decoder(tiny_config(5))
+    decoder, whole = Decoder(tiny_config(experts)), Decoder(tiny_config(experts))
     losses += [record.loss for record in train(decoder, BATCHES, config, states=StateFolder(path)).records]
-    whole.load_state_dict(weights(5))
+    whole.load_state_dict(weights(experts))
     expected = [record.loss for record in train(whole, BATCHES, config).records]
     assert losses == pytest.approx(expected, abs=1e-5)
 
@@ -210,11 +236,11 @@ def test_ranks_that_would_go_on_from_other_steps_are_told_so(tmp_path):
 
 
 def tune(folder: Path, out: Path, **loading: Any) -> list[float]:
-    """Opens a model, trains it, and saves it."""
+    """Opens a model, trains it, and saves it and the run's state."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **loading)
     text = TokenWindows(TEXT % model.config.vocab_size, batch_size=4, seq_len=12)
     config = TrainingConfig(steps=3, batch_size=4, seq_len=12, learning_rate=1e-3)
-    records = train(model, text.batch, config).records
+    records = train(model, text.batch, config, states=StateFolder(out / "state")).records
     model.save_pretrained(out)
     return [record.loss for record in records]
 
@@ -223,24 +249,32 @@ def tune_on(ranks: Ranks, folder: Path, out: Path, fields: dict[str, Any]) -> li
     return tune(folder, out, distributed_config=DistributedConfig(**fields))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_is_opened_trained_and_saved_by_all_ranks_as_by_one(tmp_path, tied):
-    model = AutoModelForCausalLM.from_config(hub_config("qwen3_moe", num_experts=5, tie_word_embeddings=tied))
+TUNED = {
+    "plain": {"num_experts": 5},
+    "tied": {"num_experts": 5, "tie_word_embeddings": True},
+    "a single expert": {"num_experts": 1, "num_experts_per_tok": 1},  # half of the ranks have none
+}
+
+
+@pytest.mark.parametrize("changes", TUNED.values(), ids=TUNED)
+def test_a_model_is_opened_trained_and_saved_by_all_ranks_as_by_one(tmp_path, changes):
+    model = AutoModelForCausalLM.from_config(hub_config("qwen3_moe", **changes))
     randomize(model, seed=3)
     model.save_pretrained(tmp_path / "hub")
     expected = tune(tmp_path / "hub", tmp_path / "one")
     found = run_ranks(4, tune_on, tmp_path / "hub", tmp_path / "four", CASES[3].fields)
     assert all(losses == pytest.approx(expected, abs=1e-5) for losses in found)
-    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
-    assert one.keys() == four.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(four[name], tensor, atol=1e-5, rtol=1e-5)
+    for file in ("model.safetensors", "state/model.safetensors"):
+        one, four = (load_file(tmp_path / name / file) for name in ("one", "four"))
+        assert one.keys() == four.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(four[name], tensor, atol=1e-5, rtol=1e-5)
 
 
 def given_another_batch(ranks: Ranks, case: Case) -> str:
     other = TEXT + ranks.rank // (case.ranks - 1)  # the last rank's
     try:
-        train(decoder_of(case, ranks), TokenWindows(other, batch_size=5, seq_len=12).batch, SETTINGS)
+        train(decoder_of(case, ranks), TokenWindows(other, batch_size=7, seq_len=12).batch, SETTINGS)
     except ArgumentError as error:
         return error.message
     return ""
