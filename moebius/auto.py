@@ -141,6 +141,8 @@ class CausalLM(Decoder):
                 criteria = {"stopping_criteria": bool(options.get("stopping_criteria"))}  # asked of rank 0, if there
                 settings = {**vars(resolve(self.config, given, named)), **criteria}
         with on_ranks.generating(self, header, settings) as agree:
+            if header.batch == "distinct" and input_ids is not None and not len(input_ids):
+                return input_ids  # and from here on serves the others' tokens
             return generate(self, input_ids, generation_config=given, agree=agree, **options)
 
     def save_pretrained(

@@ -87,6 +87,18 @@ def test_each_rank_continues_prompts_of_its_own(folder, ranks):
         assert all(torch.equal(each, expected) for each in found)
 
 
+def idle_on(ranks: Ranks, folder: Path) -> torch.Tensor:
+    model = opened(folder, DISTINCT)
+    return model.generate(own_prompt(model, 1) if ranks.rank else torch.empty(0, 4, dtype=torch.int64), **GREEDY)
+
+
+def test_a_rank_without_prompts_serves_the_others(folder):
+    idle, *others = run_ranks(3, idle_on, folder)
+    alone = AutoModelForCausalLM.from_pretrained(folder)
+    assert idle.shape == (0, 4)
+    assert all(torch.equal(each, alone.generate(own_prompt(alone, 1), **GREEDY)) for each in others)
+
+
 def refused_on(ranks: Ranks, folder: Path) -> Any:
     """Rank 1 is given a prompt that no model takes; the others theirs."""
     model = opened(folder, DISTINCT)

@@ -15,15 +15,19 @@ from torch import Tensor
 from moebius.distributed.collectives import packed_routes, swap, unpacked_routes
 from moebius.distributed.contract import Exchange, Visit
 from moebius.distributed.layout import ExpertLayout
+from moebius.errors import BackendError
 from moebius.experts.contract import accumulation_dtype
 
 
 class AllToAll(Exchange):
     """Sums over a rank's experts come back, and are added in float32 in the order of ranks: bits repeat."""
 
-    capturable = False
-
     def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Visit:
+        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise BackendError(
+                "the exchange all_to_all reads on the host how many rows travel: a CUDA graph cannot hold it",
+                advice='take exchange="gather_scatter", or leave that step out of graphs',
+            )
         trip = _plan(top_k_index, self.layout, self.group)
         rows, index, weights, anchor = _Send.apply(hidden_states, top_k_index, top_k_weights, trip)  # pyright: ignore[reportGeneralTypeIssues]
         return Visit(rows, index, weights, lambda output: _Return.apply(output, anchor, trip))

@@ -34,14 +34,16 @@ class Visit(NamedTuple):
     combine: Callable[[Tensor], Tensor]
 
 
+Dispatch = Callable[[Tensor, Tensor, Tensor], Visit]
+
+
 class Exchange(ABC):
     """One way of bringing tokens to experts.  Every rank of the group calls it, in the same order, even with T = 0.
 
-    waits: whether it waits for other ranks.  capturable: whether a CUDA graph may hold it: nothing is read on the host.
+    waits: whether it waits for other ranks.
     """
 
     waits: bool = True
-    capturable: bool = True
 
     def __init__(self, group: dist.ProcessGroup, layout: ExpertLayout):
         self.group, self.layout = group, layout
@@ -51,6 +53,10 @@ class Exchange(ABC):
 
         Not of a layer that a backward computes again: it may be of a step before this one.
         """
+
+    def begin(self, hidden_states: Tensor) -> Dispatch:
+        """What `dispatch` is then called by, with the same states: what needs these alone is under way until then."""
+        return self.dispatch
 
     @abstractmethod
     def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Visit:

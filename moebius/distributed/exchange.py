@@ -13,7 +13,7 @@ from torch import Tensor
 from moebius.distributed.all_reduce import AllReduce
 from moebius.distributed.all_to_all import AllToAll
 from moebius.distributed.config import Batch, ExchangeName
-from moebius.distributed.contract import Exchange, Visit
+from moebius.distributed.contract import Dispatch, Exchange, Visit
 from moebius.distributed.gather_scatter import GatherScatter
 from moebius.distributed.layout import ExpertLayout
 from moebius.experts.select import Choice
@@ -45,9 +45,12 @@ class ByTokens(Exchange):
     def expect(self, tokens: Sequence[int]) -> None:
         self.few.expect(tokens)
 
-    def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Visit:
+    def begin(self, hidden_states: Tensor) -> Dispatch:
         exchange = self.few if self.few.sizes.longest(hidden_states) <= self.few_tokens else self.many
-        return exchange.dispatch(hidden_states, top_k_index, top_k_weights)
+        return exchange.begin(hidden_states)
+
+    def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Visit:
+        return self.begin(hidden_states)(hidden_states, top_k_index, top_k_weights)
 
 
 EXCHANGES: Mapping[str, type[Exchange]] = {

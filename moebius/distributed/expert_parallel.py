@@ -6,13 +6,13 @@ E experts of a layer, E_local of them this rank's; T tokens of this rank; K expe
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 from torch import Tensor
 
 from moebius.config import SparseMoe
 from moebius.distributed.config import Batch, DistributedConfig
-from moebius.distributed.contract import Exchange, Visit
+from moebius.distributed.contract import Dispatch, Exchange, Visit
 from moebius.distributed.exchange import EXCHANGES, choose
 from moebius.distributed.layout import ExpertLayout
 from moebius.distributed.ranks import Ranks
@@ -73,9 +73,21 @@ class ParallelExperts(Experts):
         self.num_routed = config.num_experts
         self.router = RouterParallel(exchange.layout, ranks.place)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, H], top_k_index [T, K] int64 in [0, E), top_k_weights [T, K] -> [T, H]."""
-        visit = self.exchange.dispatch(hidden_states, top_k_index, top_k_weights)
+    def begin(self, hidden_states: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return partial(self, hidden_states, dispatch=self.exchange.begin(hidden_states))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        dispatch: Dispatch | None = None,
+    ) -> Tensor:
+        """hidden_states [T, H], top_k_index [T, K] int64 in [0, E), top_k_weights [T, K] -> [T, H].
+
+        dispatch: that of these states, if the exchange has begun.
+        """
+        visit = (dispatch or self.exchange.dispatch)(hidden_states, top_k_index, top_k_weights)
         return visit.combine(self._own(visit) if self.num_experts else self._nothing(visit))
 
     def _own(self, visit: Visit) -> Tensor:

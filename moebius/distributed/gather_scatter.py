@@ -9,16 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moebius.distributed.collectives import (
     FOREIGN,
+    Coming,
     add_and_scatter,
     gather,
     packed_routes,
     padded,
     unpacked_routes,
 )
-from moebius.distributed.contract import Exchange, Visit
+from moebius.distributed.contract import Dispatch, Exchange, Visit
 from moebius.distributed.layout import ExpertLayout
 from moebius.errors import ArgumentError
 
@@ -36,10 +38,19 @@ class GatherScatter(Exchange):
     def expect(self, tokens: Sequence[int]) -> None:
         self.sizes.expect(tokens)
 
-    def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Visit:
+    def begin(self, hidden_states: Tensor) -> Dispatch:
+        """States travel while the router chooses."""
         own, longest = hidden_states.shape[0], self.sizes.longest(hidden_states)
-        rows, index, weights, anchor = _Gather.apply(hidden_states, top_k_index, top_k_weights, longest, self.group)  # pyright: ignore[reportGeneralTypeIssues]
-        return Visit(rows, index, weights, lambda output: _Scatter.apply(output, anchor, own, self.group))
+        coming = gather(padded(hidden_states.detach(), longest), self.group)
+
+        def dispatch(states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Visit:
+            rows, index, weights, anchor = _Gather.apply(states, top_k_index, top_k_weights, longest, coming)  # pyright: ignore[reportGeneralTypeIssues]
+            return Visit(rows, index, weights, lambda output: _Scatter.apply(output, anchor, own, self.group))
+
+        return dispatch
+
+    def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Visit:
+        return self.begin(hidden_states)(hidden_states, top_k_index, top_k_weights)
 
 
 class Sizes:
@@ -78,20 +89,21 @@ def _within_backward() -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_states: Tensor, index: Tensor, weights: Tensor, longest: int, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.tokens, ctx.group = hidden_states.shape[0], group
-        routes = packed_routes(padded(index, longest, FOREIGN), padded(weights, longest))
-        coming_routes = gather(routes, group)
-        coming_rows = gather(padded(hidden_states, longest), group)
-        index, weights = unpacked_routes(coming_routes.arrived(), weights)  # while the rows travel
-        ctx.mark_non_differentiable(index)
-        return coming_rows.arrived(), index, weights, hidden_states.new_zeros(1)
+    """coming: hidden_states of all ranks, which set out without a graph; here they are joined to it."""
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, hidden_states: Tensor, index: Tensor, weights: Tensor, longest: int, coming: Coming
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.tokens, ctx.group = hidden_states.shape[0], coming.group
+        routes = packed_routes(padded(index, longest, FOREIGN), padded(weights, longest))
+        index, weights = unpacked_routes(gather(routes, coming.group).arrived(), weights)
+        ctx.mark_non_differentiable(index)
+        return coming.arrived(), index, weights, hidden_states.new_zeros(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, _, weights, _ = grad_outputs
         own_rows, own_weights = add_and_scatter(rows, ctx.group), add_and_scatter(weights, ctx.group)
         return own_rows[: ctx.tokens], None, own_weights[: ctx.tokens], None, None
@@ -105,6 +117,7 @@ class _Scatter(torch.autograd.Function):
         return own if tokens == ctx.longest else own[:tokens].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
         return gather(padded(grad, ctx.longest), ctx.group).arrived(), grad.new_zeros(1), None, None

@@ -6,6 +6,7 @@ What concerns the host (errors, counts, ids) goes through a gloo group of its ow
 import atexit
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,7 @@ from moebius.errors import ArgumentError, RankError
 
 AFTER_TIMEOUT, AFTER_TIMEOUT_MS = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000"
 """NCCL's watchdog ends the process four times this long after a time limit, for what it writes down; torch has 15 s."""
+IDLE_SECONDS = 0.1
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -205,5 +207,9 @@ def _check_devices(store: Any, rank: int, size: int, kind: str) -> None:
 
 
 def _end() -> None:
+    """While the interpreter is whole: a thread of gloo's that lets go of a last tensor after that aborts the process
+    (pytorch#179291).  Groups end with the last that refers to them, not here, and nothing says when threads are idle.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(IDLE_SECONDS)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -28,8 +28,8 @@ def shard(decoder: Decoder, ranks: Ranks) -> None:
     ArgumentError: weights in quantized forms, which have no gradient.
     """
     _refuse_quantized(decoder)
-    grid, kind = ranks.grid, ranks.device.type
-    dense = init_device_mesh(kind, (grid.replicate, grid.fsdp), mesh_dim_names=("replicate", "fsdp"))
+    grid = ranks.grid
+    dense = ranks.axes(replicate=grid.replicate, fsdp=grid.fsdp)
     mesh = _of_one(dense, grid.replicate, "fsdp")
     copies = _of_one(ranks.mesh["replicate", "efsdp"], grid.replicate, "efsdp")
     layers = [module for module in decoder.modules() if isinstance(module, Experts)]

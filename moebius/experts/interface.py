@@ -6,7 +6,7 @@ T tokens, K experts a token, E experts, H hidden, I intermediate.
 import difflib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -133,6 +133,12 @@ class Experts(FixedDtypes):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, H]."""
         return eager_experts(self, hidden_states, top_k_index, top_k_weights)
+
+    def begin(self, hidden_states: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """What takes the rest, top_k_index and top_k_weights, to compute forward: what needs the states alone may be
+        under way meanwhile.  It is to be called, once.
+        """
+        return functools.partial(self, hidden_states)
 
     def set_experts_implementation(self, name: str) -> None:
         """Take another backend from now on.  BackendError: unknown name."""

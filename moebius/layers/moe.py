@@ -4,7 +4,7 @@ B batch, T tokens, K experts a token, H hidden.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -32,23 +32,22 @@ class SparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, RouterChoice]:
         tokens = hidden_states.flatten(0, 1)
+        experts = self.experts.begin(tokens)
         choice = self.gate(tokens)
+        routed = partial(experts, choice.top_k_index, choice.top_k_weights)
         if self.shared_expert is None:
-            output = self._routed(tokens, choice)
+            output = routed()
         elif self.experts.waits and tokens.is_cuda:
-            output = self._side_by_side(tokens, choice, self.shared_expert)
+            output = self._side_by_side(tokens, routed, self.shared_expert)
         else:
-            output = self._routed(tokens, choice) + self._shared(tokens, self.shared_expert)
+            output = routed() + self._shared(tokens, self.shared_expert)
         return output.view_as(hidden_states), choice
-
-    def _routed(self, tokens: Tensor, choice: RouterChoice) -> Tensor:
-        return self.experts(tokens, choice.top_k_index, choice.top_k_weights)
 
     def _shared(self, tokens: Tensor, shared_expert: Mlp) -> Tensor:
         output = shared_expert(tokens)
         return output if self.shared_expert_gate is None else F.sigmoid(self.shared_expert_gate(tokens)) * output
 
-    def _side_by_side(self, tokens: Tensor, choice: RouterChoice, shared_expert: Mlp) -> Tensor:
+    def _side_by_side(self, tokens: Tensor, routed: Callable[[], Tensor], shared_expert: Mlp) -> Tensor:
         """The shared expert on a stream of its own while the routed ones wait; so too backward, which autograd runs on
         the streams of the forward.
         """
@@ -57,10 +56,10 @@ class SparseMoeBlock(nn.Module):
         with torch.cuda.stream(side):
             shared = self._shared(tokens, shared_expert)
         tokens.record_stream(side)
-        routed = self._routed(tokens, choice)
+        output = routed()
         here.wait_stream(side)
         shared.record_stream(here)
-        return routed + shared
+        return output + shared
 
 
 @cache

@@ -4,6 +4,7 @@ E experts, K experts a token, T tokens of a rank, H hidden.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moebius.distributed.exchange import EXCHANGES
 from moebius.distributed.expert_parallel import ParallelExperts, parallel_experts
 from moebius.distributed.layout import ExpertLayout
 from moebius.distributed.ranks import Ranks
+from moebius.errors import BackendError
 from moebius.experts.interface import Experts
 from moebius.layers.moe import SparseMoeBlock
 from tests.distributed.exchanging import Inputs, cases
@@ -156,6 +158,23 @@ def replay_distance(ranks: Ranks, tokens: int) -> float:
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_a_graph_of_a_shared_decode_step_follows_changed_routing(tokens):
     assert max(on_two_gpus(replay_distance, tokens)) < 0.01
+
+
+@torch.no_grad()
+def captured_all_to_all(ranks: Ranks) -> str:
+    experts, given = local_layer(ranks, "all_to_all", random_layer()), random_inputs(8, ranks.rank).to(ranks.device)
+    step = partial(experts, given.states.bfloat16(), given.index, given.weights)
+    step()
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            step()
+    except BackendError as error:
+        return error.message
+    return "captured"
+
+
+def test_all_to_all_is_refused_in_a_graph():
+    assert all("a CUDA graph cannot hold it" in found for found in on_two_gpus(captured_all_to_all))
 
 
 # --- the shared expert beside the routed ones ------------------------------------------------------------------------
