@@ -56,6 +56,8 @@ class StepHeader:
         rank is elsewhere, or did not come in time.
         """
         given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+        if "input_ids" not in given:
+            return  # the decoder, which takes nothing else, says so
         input_ids: Tensor = given["input_ids"]
         known, self.told = self.told, False
         if known or self.ranks.size == 1 or (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -154,3 +154,14 @@ def tell_when_done(ranks: Ranks) -> list[bool]:
 
 def test_ranks_that_are_done_go_on_without_tokens_until_all_are():
     assert run_ranks(3, tell_when_done) == [[False, False, False, True]] * 3
+
+
+def give_embeddings(ranks: Ranks) -> str:
+    decoder, _ = parallel_decoder(whole_decoder("mixtral"), ranks, "shared")
+    with pytest.raises(TypeError) as caught:
+        decoder(inputs_embeds=torch.zeros(1, 2, 64))
+    return str(caught.value)
+
+
+def test_what_the_decoder_does_not_take_it_refuses_by_its_name():
+    assert all("inputs_embeds" in said for said in run_ranks(2, give_embeddings))
