@@ -140,6 +140,15 @@ def test_an_interrupt_before_the_command_has_begun_ends_with_130_too(moebius, mo
     assert moebius("env").code == 130
 
 
+@pytest.fixture
+def interruptible():
+    """What this process ignores, as a shell's background job does, those that it starts would ignore too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_running_command_with_its_code_and_no_traceback(chat_model, number, code):
     process = subprocess.Popen(
