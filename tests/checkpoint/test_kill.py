@@ -152,7 +152,7 @@ def test_a_death_at_any_operation_leaves_a_whole_set(folder, case):
 
 @pytest.mark.parametrize("case", [Case(), Case(exchanges=False)], ids=["exchanged", "in place"])
 def test_an_end_at_any_time_leaves_a_whole_set(folder_on_disk, case):
-    kill_many(folder_on_disk, case, 20)
+    kill_many(folder_on_disk, case, 10)
 
 
 @pytest.mark.slow
