@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ from moebius.config import DecoderConfig
 from moebius.distributed.config import DistributedConfig
 from moebius.experts.interface import Experts
 from moebius.generation.config import GenerationConfig
-from moebius.generation.engine import generate, resolve
+from moebius.generation.engine import generate
 from moebius.layers.decoder import Decoder
 from moebius.layers.quantized import hold
 from moebius.layers.quantizing import forms_for
@@ -130,17 +129,12 @@ class CausalLM(Decoder):
         On ranks every one calls it: with the same prompts and settings if the batch is shared, and rank 0 then chooses
         the tokens and streams them; else with its own.  ArgumentError: an option is unknown or refused.  RankError.
         """
-        given = arguments.generation_config_of(generation_config).over(self.generation_config)
-        header, settings = self.step_header, dict[str, Any]()
+        given, header = arguments.generation_config_of(generation_config).over(self.generation_config), self.step_header
         if header is None:
             return generate(self, input_ids, generation_config=given, **options)
         if header.batch == "shared":
             options["streamer"] = options.get("streamer") if header.ranks.first else None
-            with header.ranks.together("generating"):
-                named = signature(generate).bind(self, **options).arguments.get("options", {})
-                criteria = {"stopping_criteria": bool(options.get("stopping_criteria"))}  # asked of rank 0, if there
-                settings = {**vars(resolve(self.config, given, named)), **criteria}
-        with on_ranks.generating(self, header, settings) as agree:
+        with on_ranks.generating(self, header, given, options) as agree:
             if header.batch == "distinct" and input_ids is not None and not len(input_ids):
                 return input_ids  # and from here on serves the others' tokens
             return generate(self, input_ids, generation_config=given, agree=agree, **options)
@@ -261,8 +255,15 @@ class AutoModelForCausalLM:
                     model.experts_backend(kind)  # refused here if it cannot run, before a weight is read
                 check_room(plan, devices)
                 with stages.timed("weights"):
-                    reading = {"progress": progress, "check_tensors": check_tensors, "options": how, "pinned": pinned}
-                    model.fill(checkpoint.load(plan, device=devices, **reading))
+                    loaded = checkpoint.load(
+                        plan,
+                        device=devices,
+                        progress=progress,
+                        check_tensors=check_tensors,
+                        options=how,
+                        pinned=pinned,
+                    )
+                model.fill(loaded)
         on_ranks.check_same_weights(model, place)
         model.eval()
         model.load_report = LoadReport(plan, stages.seconds)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from moebius.config import DecoderConfig
 from moebius.distributed.config import DistributedConfig
 from moebius.errors import ArgumentError, ConfigError, Fault
 from moebius.experts.interface import Experts
+from moebius.generation.config import GenerationConfig
+from moebius.generation.engine import generate, resolve
 from moebius.layers.decoder import Decoder
 from moebius.placement import DeviceMap, Modules
 
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from moebius.distributed.spread import Spread
 
 DOWNLOAD_SECONDS = 24 * 3600.0
+OWN_ARGUMENTS = frozenset(signature(generate).parameters)
+"""Of generate, those that are no settings."""
 ENOUGH = sys.maxsize  # experts, as long as it is not known how many there are
 
 
@@ -190,9 +195,20 @@ def shard(model: Decoder, place: Place | None) -> None:
 
 
 def generating(
-    model: Decoder, header: "StepHeader", settings: Mapping[str, Any]
+    model: Decoder, header: "StepHeader", config: GenerationConfig, options: Mapping[str, Any]
 ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-    """See distributed.generating."""
+    """See distributed.generating.  config, options: what `generate` is about to be given."""
     from moebius.distributed import generating
 
+    settings: Mapping[str, Any] = {}
+    if header.batch == "shared":
+        with header.ranks.together("generating"):
+            settings = _settings(model, config, options)
     return generating.generating(model, header, settings)
+
+
+def _settings(model: Decoder, config: GenerationConfig, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those in force; of a caller's own criteria, whether there are any: what they say is asked of rank 0."""
+    named = {name: value for name, value in options.items() if name not in OWN_ARGUMENTS}
+    criteria = bool(options.get("stopping_criteria"))
+    return {**vars(resolve(model.config, config, named)), "stopping_criteria": criteria}

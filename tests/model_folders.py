@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from moebius import AutoModelForCausalLM
+from tests.families import randomize, tiny_config
+
 REMOVED = object()
 
 
@@ -13,6 +16,14 @@ def rewrite(path: Path, **changes: Any) -> None:
     """Changes the fields of a JSON file."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not REMOVED}))
+
+
+def saved_model(folder: Path, family: str, seed: int, *, max_shard_size: str = "5GB", **changes: Any) -> Path:
+    """The folder, with a tiny model of random weights in it; changes: to its config."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    randomize(model, seed)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
 
 
 def ids_for(model, batch=2, tokens=24) -> torch.Tensor:
@@ -34,12 +45,13 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
 
 def open_in_transformers(folder: Path) -> Any:
     """The folder in transformers' own class, float32, every key accounted for; kimi_k2 is deepseek_v3 to it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM as Peer
 
     raw = json.loads((folder / "config.json").read_text())
     model_type = {"kimi_k2": "deepseek_v3"}.get(raw["model_type"], raw["model_type"])
     config = AutoConfig.for_model(**{**raw, "model_type": model_type})
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = Peer.from_pretrained(
         folder,
         config=config,
         dtype=torch.float32,

@@ -12,8 +12,7 @@ import torch
 from moebius import ArgumentError, AutoModelForCausalLM, MoebiusError
 from moebius.distributed.ranks import Ranks
 from tests.distributed.pool import run_ranks
-from tests.families import randomize, tiny_config
-from tests.model_folders import ids_for
+from tests.model_folders import ids_for, saved_model
 
 SHARED: dict[str, Any] = {"enable_expert_parallel": True}
 DISTINCT = {**SHARED, "batch": "distinct"}
@@ -23,11 +22,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny model of random weights; neither 2 nor 3 ranks can share its experts evenly."""
-    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe", num_experts=5))
-    randomize(model, seed=3)
-    place = tmp_path_factory.mktemp("hub") / "qwen3_moe"
-    model.save_pretrained(place)
-    return place
+    return saved_model(tmp_path_factory.mktemp("hub") / "model", "qwen3_moe", seed=3, num_experts=5)
 
 
 def opened(folder: Path, config: Any = SHARED) -> Any:

@@ -19,8 +19,8 @@ from moebius.checkpoint import hub
 from moebius.distributed.ranks import Ranks
 from moebius.on_ranks import located
 from tests.distributed.pool import run_ranks
-from tests.families import randomize, tiny_config
-from tests.model_folders import ids_for, logits, tensors_of
+from tests.families import tiny_config
+from tests.model_folders import ids_for, logits, saved_model, tensors_of
 
 ENABLED: dict[str, Any] = {"enable_expert_parallel": True}
 DISTINCT = {**ENABLED, "batch": "distinct"}
@@ -37,10 +37,8 @@ def folders(tmp_path_factory):
     def folder(family: str, **changes: Any) -> Path:
         name = f"{family}-{changes}"
         if name not in made:
-            model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
-            randomize(model, seed=3)
-            made[name] = tmp_path_factory.mktemp("hub") / family
-            model.save_pretrained(made[name], max_shard_size="60kB")
+            place = tmp_path_factory.mktemp("hub") / family
+            made[name] = saved_model(place, family, seed=3, max_shard_size="60kB", **changes)
         return made[name]
 
     return folder

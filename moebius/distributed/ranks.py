@@ -34,12 +34,12 @@ class Ranks:
     """This process among the others.
 
     rank, size: in the whole job.  device: this process's.  grid: how the ranks are used.  mesh: the same as torch's
-    DeviceMesh, with the axes replicate, efsdp, ep.  host: a gloo group of all ranks.
+    DeviceMesh, with the axes replicate, efsdp, ep.
     """
 
     def __init__(self, device: torch.device, grid: Grid, roll_call: RollCall, seconds: float):
         self.rank, self.size = roll_call.rank, roll_call.size
-        self.device, self.grid, self.roll_call, self.host = device, grid, roll_call, roll_call.group
+        self.device, self.grid, self.roll_call = device, grid, roll_call
         self._seconds, self._meetings = seconds, 0
         self._store = dist.distributed_c10d._get_default_store()
         self._axes: dict[tuple[tuple[str, int], ...], DeviceMesh] = {}
@@ -98,7 +98,7 @@ class Ranks:
         It goes through the store in which ranks found each other: a meeting that fails leaves the groups as they were.
         """
         self._meetings += 1
-        meeting = f"moebius/{self.host.group_name}/{self._meetings}"
+        meeting = f"moebius/{self.roll_call.group.group_name}/{self._meetings}"
         keys = [f"{meeting}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], "")
         try:

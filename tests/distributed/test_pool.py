@@ -20,7 +20,7 @@ def total(ranks, tensor):
 def fail_on(ranks, failing):
     if ranks.rank in failing:
         raise ArgumentError("no", faults=[Fault("here", f"rank {ranks.rank}")])
-    dist.barrier(group=ranks.host)
+    dist.barrier(group=ranks.roll_call.group)
 
 
 def sleep_on(ranks, rank):

@@ -89,7 +89,7 @@ def test_who_does_not_come_is_named_and_so_is_who_left_and_the_next_meeting_work
 def decide_after(ranks: Any, late: int) -> str:
     """The others give up, and find that the late one has just seen them all."""
     if ranks.rank == late:
-        ranks._store.compare_set(f"moebius/{ranks.host.group_name}/{ranks._meetings + 1}/met", "", "yes")
+        ranks._store.compare_set(f"moebius/{ranks.roll_call.group.group_name}/{ranks._meetings + 1}/met", "", "yes")
     ranks.gathered(None, "waiting for the others")
     try:
         time.sleep(0.6 if ranks.rank == late else 0)

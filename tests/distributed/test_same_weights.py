@@ -13,7 +13,7 @@ from moebius.distributed.spread import spread_of
 from moebius.errors import MoebiusError
 from tests.distributed.decoders import parallel_decoder, whole_decoder
 from tests.distributed.pool import run_ranks
-from tests.families import randomize, tiny_config
+from tests.model_folders import saved_model
 
 
 def compare(ranks: Ranks, ep: int, changed: str, where: int) -> str:
@@ -61,12 +61,7 @@ def open_own(ranks: Ranks, folders: list[Path], arguments: list[dict]) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
-    places = [tmp_path_factory.mktemp("hub") / "model" for _ in range(2)]
-    for seed, place in enumerate(places):
-        model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
-        randomize(model, seed)
-        model.save_pretrained(place)
-    return places
+    return [saved_model(tmp_path_factory.mktemp("hub") / "model", "qwen3_moe", seed) for seed in range(2)]
 
 
 def test_files_that_differ_between_hosts_are_told_of(folders):

@@ -13,7 +13,7 @@ import torch
 
 from moebius import AutoModelForCausalLM
 from moebius.cli.demo.text import train_tokenizer
-from tests.families import randomize, tiny_config
+from tests.model_folders import saved_model
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -38,11 +38,8 @@ os.write(1, f"{line}\\n".encode())  # in one piece
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny qwen3_moe of five experts, random weights."""
-    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe", num_experts=5, vocab_size=512))
-    randomize(model, seed=0)
     place = tmp_path_factory.mktemp("hub") / "model"
-    model.save_pretrained(place)
-    return place
+    return saved_model(place, "qwen3_moe", seed=0, num_experts=5, vocab_size=512)
 
 
 @pytest.fixture(scope="module")

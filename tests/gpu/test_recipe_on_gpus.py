@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moebius import AutoModelForCausalLM
-from tests.families import randomize, tiny_config
+from tests.model_folders import saved_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -45,10 +45,7 @@ os.write(1, f"{line}\\n".encode())
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe", num_experts=5))
-    randomize(model, seed=0)
-    place = tmp_path_factory.mktemp("hub") / "model"
-    model.save_pretrained(place)
+    place = saved_model(tmp_path_factory.mktemp("hub") / "model", "qwen3_moe", seed=0, num_experts=5)
     (place.parent / "script.py").write_text(SCRIPT)
     return place
 
